@@ -40,13 +40,13 @@ class Preset:
     vae: str = 'small'                # 'small' (trained here) or a hub id / folder of an AutoencoderKL
     latent_channels: int = 12         # C
     vae_widths: tuple = (64, 96, 128) # channels at 1/4, 1/8 (encoder) and 1/8 (decoder) of the picture
-    unet_widths: tuple = (64, 128, 160)
+    unet_widths: tuple = (80, 128, 128)
     unet_layers: int = 1              # residual blocks per level
     cross_dim: int = 128              # width of an action token
     batch: int = 16                   # B, windows per update
     lr: float = 4e-4
     vae_batch: int = 16
-    vae_lr: float = 1e-3
+    vae_lr: float = 6e-4
     agent_steps: int = 200_000        # agent decisions of PPO
     frames: int = 150_000             # frames to record
     vae_steps: int = 6_000

@@ -102,7 +102,7 @@ def train_vae(
     model = SmallVAE(cfg.latent_channels, tuple(cfg.vae_widths)); data = FramePool(folders, pool, seed=seed, min_share=.5)
     h,w = cfg.latent_hw
     def batch(step, samples): return dict(x=to_float(data.batch(seed, samples=samples), cfg.pad_height), eps=normal((cfg.latent_channels, h, w), 'vae', seed, samples=samples))
-    stat = fit(model, batch, vae_loss, Path(out)/'vae_run', steps=steps, minutes=minutes, batch=cfg.vae_batch, lr=cfg.vae_lr, ema=.998, seed=seed, desc='VAE', progress=progress)
+    stat = fit(model, batch, vae_loss, Path(out)/'vae_run', steps=steps, minutes=minutes, batch=cfg.vae_batch, lr=cfg.vae_lr, clip=.3, ema=.998, seed=seed, desc='VAE', progress=progress)
     model.register_to_config(scale=1.); x = data.batch('scale', samples=range(256))
     model.register_to_config(scale=float(1/torch.cat([encode_frames(model, x[i:i+32], cfg.pad_height) for i in range(0, 256, 32)]).std()))
     save_model(model, Path(out)/'vae')

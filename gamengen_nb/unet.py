@@ -22,7 +22,7 @@ class ActionUNet(ModelMixin, ConfigMixin):
         latent_channels:int=12, # C
         action_dim:int=3, # A
         sample_size:tuple=(16, 20), # (h, w) of a latent
-        widths:tuple=(64, 128, 160), # channels per level
+        widths:tuple=(80, 128, 128), # channels per level
         layers:int=1, # residual blocks per level
         cross_dim:int=128, # width of an action token
         heads:int=4, # attention heads
