@@ -39,8 +39,8 @@ play: demo
 	@'$(BIN)/gamengen' play --window
 else
 play: demo
-	@echo 'JupyterLab starts; open the address with 10_player.ipynb in it, run the first cell, click the picture. Ctrl-C twice ends it.'
-	@'$(BIN)/jupyter' lab --LabApp.default_url=/lab/tree/nbs/10_player.ipynb --LabApp.news_url= \
+	@echo 'JupyterLab starts. Open the address it prints, run the first cell, click the picture and press arrow keys. Ctrl-C twice ends it.'
+	@'$(BIN)/jupyter' lab --LabApp.default_url=/lab/tree/nbs/10_player.ipynb --log-level=ERROR \
 	  $$([ "$$(id -u)" != 0 ] || echo --allow-root) \
 	  $$([ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] || [ "$$(uname)" = Darwin ] || echo --no-browser) $(LAB)
 endif

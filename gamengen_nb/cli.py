@@ -125,19 +125,19 @@ def cmd_run(
     scenario:str|None=None, seed:int=0, progress:bool=True,
 )->Path: # the report
     "From the real game to a playable engine and its report; resumes where it stopped."
-    from gamengen_nb.agent import train_agent
+    from gamengen_nb.agent import agent_config, train_agent
     from gamengen_nb.decoder import tune_decoder
     from gamengen_nb.diffusion import train_denoiser
     from gamengen_nb.latents import LatentData, encode_recording, load_vae, train_vae
     from gamengen_nb.unet import load_unet
     t0 = time.monotonic(); cfg = preset(name, **(dict(scenario=scenario) if scenario else {})); folder = Path(folder or Path('runs')/name)
     note = dict(preset=asdict(cfg), minutes=minutes, seed=seed); f = folder/'run.json'
-    if f.exists() and read_json(f)!=read_json(write_json(folder/'.run.json', note)):
+    if f.exists() and read_json(f)!=json.loads(json.dumps(note)):
         raise ConfigError(f'{folder} belongs to a run with other settings (see {f}); choose another --folder or delete it.')
     write_json(f, note); frames = min(cfg.frames, int(minutes*1500)) if minutes else cfg.frames
     step = lambda i,what: say(f'[{i}/8] {what} ({time.monotonic()-t0:.0f} s)')
     kw = dict(seed=seed, progress=progress)
-    step(1, 'train the agent'); train_agent(cfg.scenario, cfg.agent_steps, seed, folder/'agent', minutes=minutes*.12 or None, frame_tics=cfg.frame_tics, progress=progress)
+    step(1, 'train the agent'); train_agent(cfg.scenario, cfg.agent_steps, seed, folder/'agent', agent_config(cfg.scenario, cfg.name), minutes=minutes*.12 or None, frame_tics=cfg.frame_tics, progress=progress)
     step(2, 'record the real game'); rec = record_all(cfg, folder, frames, seed, progress)
     step(3, 'train the VAE')
     vae = load_vae(folder/'vae') if (folder/'vae').exists() else train_vae(cfg, [*rec['train'], *rec['maps']], folder, **split_budget(cfg.vae_steps, minutes, .25), pool=min(40_000, frames), **kw)
@@ -284,8 +284,8 @@ def dispatch(a):
     if a.cmd=='record': return cmd_record(cfg, a.out, cfg.scenario, a.policy, a.frames, a.episodes, a.seed, a.shard, a.num_shards, max(a.streams, 1))
     if a.cmd=='record-maps': return cmd_record_maps(cfg, a.out, a.frames)
     if a.cmd=='train-agent':
-        from gamengen_nb.agent import train_agent
-        return train_agent(cfg.scenario, a.steps or cfg.agent_steps, a.seed, a.out, minutes=a.minutes or None, frame_tics=cfg.frame_tics)
+        from gamengen_nb.agent import agent_config, train_agent
+        return train_agent(cfg.scenario, a.steps or cfg.agent_steps, a.seed, a.out, agent_config(cfg.scenario, cfg.name), minutes=a.minutes or None, frame_tics=cfg.frame_tics)
     if a.cmd=='evaluate': say(f'report: {cmd_evaluate(shipped(a.model), a.held, a.out, a.budget, a.ddim_steps or None, a.noise_level)}'); return
     if a.cmd in ('bench', 'fetch'):
         from gamengen_nb.engine import bench_engine, fetch

@@ -44,7 +44,12 @@ def psnr(
     mse = np.concatenate([((a-b)**2).mean((1, 2, 3), dtype=np.float64) for a,b in _pairs(x, y)])
     return np.minimum(10*np.log10(255**2/np.maximum(mse, 1e-12)), cap)
 
-# %% ../nbs/09_evaluation.ipynb #b0d76c3e
+# %% ../nbs/09_evaluation.ipynb #2525e8d9
+def _slide(v, g, dim): # a weighted window along one axis; on the CPU 20 times faster than a one-channel convolution
+    n = v.shape[dim]-len(g)+1; out = v.narrow(dim, 0, n)*g[0]
+    for k in range(1, len(g)): out.add_(v.narrow(dim, k, n), alpha=float(g[k]))
+    return out
+
 def ssim(
     x, # (N,H,W,3), 0…255
     y, # the same shape
@@ -52,13 +57,12 @@ def ssim(
     "Structural similarity per frame, colour channels averaged; a crop lower than 11 rows gets the largest odd window that fits."
     out = []
     for a,b in _pairs(x, y):
-        a,b = (torch.from_numpy(v/255).movedim(-1, 1).flatten(0, 1)[:,None].double() for v in (a, b)) # (N·3,1,H,W)
-        k = min(11, (min(a.shape[-2:])-1)//2*2+1); r = torch.arange(k, dtype=a.dtype)-k//2
-        g = torch.exp(-r**2/(2*1.5**2)); g = g/g.sum()
-        mean = lambda v: F.conv2d(F.conv2d(v, g.view(1, 1, -1, 1)), g.view(1, 1, 1, -1))
+        a,b = (torch.from_numpy(v/255-np.float32(.5)).movedim(-1, 1) for v in (a, b)) # (N,3,H,W); centred, for float32's sake
+        k = min(11, (min(a.shape[-2:])-1)//2*2+1); r = torch.arange(k)-k//2
+        g = torch.exp(-r**2/(2*1.5**2)); mean = lambda v: _slide(_slide(v, g/g.sum(), -2), g/g.sum(), -1)
         ma,mb = mean(a),mean(b); va,vb,cov = mean(a*a)-ma*ma,mean(b*b)-mb*mb,mean(a*b)-ma*mb
-        s = (2*ma*mb+1e-4)*(2*cov+9e-4)/((ma*ma+mb*mb+1e-4)*(va+vb+9e-4))
-        out.append(s.mean((1, 2, 3)).view(-1, 3).mean(1).numpy())
+        ma,mb = ma+.5,mb+.5; s = (2*ma*mb+1e-4)*(2*cov+9e-4)/((ma*ma+mb*mb+1e-4)*(va+vb+9e-4))
+        out.append(s.mean((1, 2, 3)).numpy())
     return np.concatenate(out)
 
 # %% ../nbs/09_evaluation.ipynb #35faf1df

@@ -7,7 +7,7 @@ __all__ = ['KEYMAP', 'LABELS', 'NUDGE', 'Keys', 'Held', 'Flow', 'Game', 'FramePu
            'play_window']
 
 # %% ../nbs/10_player.ipynb #1c129d58
-import os, threading, time, weakref
+import atexit, os, threading, time, weakref
 from functools import partial
 from importlib.resources import files
 
@@ -280,7 +280,7 @@ class Player(ipywidgets.VBox):
         seed:int|None=None, # of the first episode
         keymap:dict=KEYMAP, # see `Keys`
     ):
-        self.engines,self.screen,self.views,self.driver,self._keys = Engines(engines),Screen(scale=scale),frozenset(),None,None
+        self.engines,self.screen,self.views,self.driver,self._keys,self._last = Engines(engines),Screen(scale=scale),frozenset(),None,None,None
         self.pick = ipywidgets.Dropdown(options=list(engines), description='Engine', layout={'width': '220px'})
         self.toggle = ipywidgets.Button(description='Pause', icon='pause', tooltip='Stop or go on (P)', layout={'width': '110px'})
         self.again = ipywidgets.Button(description='Reset', icon='undo', tooltip='Begin a new episode (R)', layout={'width': '110px'})
@@ -309,7 +309,8 @@ class Player(ipywidgets.VBox):
         if self.pump.keys is not self._keys: self._keys = self.pump.keys; self.screen.legend = self._keys.legend()
         view,number = info['keys'] or ('', 0); h,w,_ = frame.shape
         rgba = np.full((h, w, 4), 255, np.uint8); rgba[...,:3] = frame
-        self.screen.send({**info, 'type':'frame', 'w':w, 'h':h, 'view':view, 'keys':number, 'period':1e3*self.pump.period, 'engine':self.engines.current}, [rgba.tobytes()])
+        self._last = {**info, 'type':'frame', 'w':w, 'h':h, 'view':view, 'keys':number, 'period':1e3*self.pump.period, 'engine':self.engines.current},[rgba.tobytes()]
+        self.screen.send(*self._last)
 
     def _message(self, _, m, buffers):
         "What the page says; see the table above."
@@ -321,10 +322,17 @@ class Player(ipywidgets.VBox):
             return
         self.views |= {view}
         if kind=='focus' or self.driver is None: self.driver = view
-        if kind in ('hello', 'focus'): self.start() if kind=='hello' or not self.pump.running else None; self.pump.hello()
+        if kind in ('hello', 'focus'):
+            if not self.pump.running: self.start()
+            self.pump.hello()
+            if self._last and self.pump.paused: self.screen.send(*self._last) # a new page of a paused game is not black
         elif kind=='keys' and view==self.driver: self.pump.held.press(m['held'], (view, m['number'])); self.pump.asleep and self.pump.hello()
         elif kind=='ack' and (view==self.driver or self.pump.flow.clock()-self.pump.flow.heard>1): self.pump.ack(m['n']) # a driver that is gone without a word
         elif kind=='do': self.pause(not self.pump.paused) if m['what']=='pause' else self._reset()
+
+@atexit.register
+def _end(): # a kernel that shuts down takes the game's own process along
+    if Player._playing and Player._playing(): Player._playing().stop()
 
 # %% ../nbs/10_player.ipynb #4e11cef4
 def _pygame():
