@@ -23,13 +23,16 @@ MAPS = ('health_gathering', 'deadly_corridor', 'basic', 'take_cover', 'my_way_ho
 WALK = ('MOVE_FORWARD', 'MOVE_LEFT', 'MOVE_RIGHT', 'TURN_LEFT', 'TURN_RIGHT', 'ATTACK') # buttons of a random walk on maps with many
 
 def make_policy_for(
-    env, name:str, # 'random', 'scripted', or the folder of an agent
+    env, name:str, # 'random', 'scripted', 'rest' (long pauses), or the folder of an agent
 ):
     "A recording policy by name; raises `ConfigError` when it is neither a known policy nor a folder."
     from gamengen_nb.dataset import RandomPolicy, ScriptedPolicy
     if name=='random': return RandomPolicy(env.unwrapped.action_spec.table())
     if name=='scripted': return ScriptedPolicy(env.unwrapped.action_spec.table())
-    if not Path(name).is_dir(): raise ConfigError(f"There is no policy {name!r}: say random, scripted, or the folder of an agent.")
+    if name=='rest':
+        from gamengen_nb.probes import RestPolicy
+        return RestPolicy(env.unwrapped.action_spec.table())
+    if not Path(name).is_dir(): raise ConfigError(f"There is no policy {name!r}: say random, scripted, rest, or the folder of an agent.")
     from gamengen_nb.agent import AgentPolicy
     return AgentPolicy(name).check(env)
 
@@ -100,7 +103,8 @@ def cmd_pack(
     meta = dict(format=1, scenario=m['scenario'], context=cfg.context, frame_tics=m['frame_tics'], action_spec=m['action_spec'], height=cfg.height, width=cfg.width,
         pad_height=cfg.pad_height, prediction_type='v_prediction', spacing='trailing', sample_steps=cfg.sample_steps, noise_level=noise_level, guidance=1.)
     facts = dict(facts or {}, hardware=f'{platform.processor() or platform.machine()}, {os.cpu_count()} cores', commit=commit())
-    return save_pipeline(out, unet.to(dtype), vae.to(dtype), meta, start_clips(data, cfg.context), model_card(meta, facts, figures))
+    if dtype!=torch.float32: unet,vae = unet.to(dtype),vae.to(dtype)
+    return save_pipeline(out, unet, vae, meta, start_clips(data, cfg.context), model_card(meta, facts, figures))
 
 # %% ../nbs/90_cli.ipynb #d1468c4e
 def say(text:str): "A line between progress bars."; print(text, file=sys.stderr, flush=True)
@@ -114,9 +118,10 @@ def record_all(cfg:Preset, folder:Path, frames:int, seed:int, progress:bool=True
     cmd_record(cfg, f/'random', frames=frames*3//4, seed=seed, streams=2, **kw)
     cmd_record(cfg, f/'agent', policy=str(folder/'agent'), frames=frames//4, seed=seed+1, **kw)
     cmd_record(cfg, f/'held', episodes=held_for(cfg), seed=HELDOUT_SEED+seed, **kw)
+    cmd_record(cfg, f/'rest', episodes=held_for(cfg), policy='rest', seed=HELDOUT_SEED+500+seed, **kw)
     n = min(len(MAPS), max(2, frames//10_000))
     for i,m in enumerate(MAPS[:n]): cmd_record(cfg, f/'maps'/m.replace(':', '-'), m, frames=max(frames//6//n, 60), seed=100+i, progress=progress)
-    return dict(train=[f/'random', f/'agent'], held=f/'held', maps=sorted(p for p in (f/'maps').iterdir()))
+    return dict(train=[f/'random', f/'agent'], held=f/'held', rest=f/'rest', maps=sorted(p for p in (f/'maps').iterdir()))
 
 def cmd_run(
     name:str, # preset
@@ -151,7 +156,7 @@ def cmd_run(
     step(7, 'pack the engine'); seconds = {p:round(read_json(folder/f'{p}_run'/'result.json')['seconds']) for p in ('vae', 'unet', 'decoder')}
     facts = dict(command=f'gamengen run {name}'+(f' --minutes {minutes:g}' if minutes else ''), frames=len(data.z), seed=seed, **{f'seconds of {k}':v for k,v in seconds.items()})
     engine = cmd_pack(cfg, unet, vae, data, folder/'engine', facts)
-    step(8, 'evaluate'); report = cmd_evaluate(engine, rec['held'], folder/'report', budget='quick' if frames<10_000 else 'full', progress=progress)
+    step(8, 'evaluate'); report = cmd_evaluate(engine, rec['held'], folder/'report', budget='quick' if frames<10_000 else 'full', rest=rec['rest'], progress=progress)
     say(f'done in {time.monotonic()-t0:.0f} s: play it with `gamengen play --model {engine}`, read {report}')
     return report
 
@@ -159,36 +164,38 @@ def cmd_run(
 def model_calls(
     pipe, # `engine.Pipeline`
     steps:int|None=None, noise_level:float|None=None, # None: the model's own
+    backend:str='auto', # as `engine.NeuralDoom` takes it: what is measured is what is played
 )->tuple: # encode, decode, predict, as `metrics` takes them
-    "A model as three functions; eager PyTorch in batches, in bfloat16 where the CPU multiplies it natively."
-    from gamengen_nb.core import normal
+    "A model as three functions. The compiled backends work on one sample at a time, PyTorch on a batch."
+    from gamengen_nb.core import normal, to_uint8
     from gamengen_nb.diffusion import noise_bucket, noise_context
-    from gamengen_nb.latents import decode_latents, encode_frames
+    from gamengen_nb.engine import make_backend
+    from gamengen_nb.latents import encode_frames
     from gamengen_nb.sampler import ddim
-    m = pipe.meta; steps = steps or m['sample_steps']; level = m['noise_level'] if noise_level is None else noise_level
-    unet,vae = pipe.unet.float().to(memory_format=torch.channels_last).eval(),pipe.vae.float().eval()
-    fast = torch.autocast('cpu', torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
-    @torch.inference_mode()
+    m = pipe.meta; steps = steps or m['sample_steps']; level = torch.tensor([float(m['noise_level'] if noise_level is None else noise_level)])
+    net = make_backend(pipe, backend); vae = pipe.vae.float().eval(); bucket = noise_bucket(level, pipe.unet.config.noise_max, pipe.unet.config.noise_buckets)
+    many = lambda f,*x: torch.cat([f(*(v[i:i+1] for v in x)) for i in range(len(x[0]))]) if net.name!='eager' else f(*x)
+    def one(z, ctx, actions): return ddim(lambda z,t: net.denoise(z, t, ctx, actions, bucket.expand(len(z))), z, steps)
     def predict(ctx, actions, samples):
-        lev = torch.full((len(ctx),), float(level)); bucket = noise_bucket(lev, unet.config.noise_max, unet.config.noise_buckets)
-        if level: ctx = noise_context(ctx, lev, normal(ctx.shape[1:], 'context', samples=samples))
-        with fast: return ddim(lambda z,t: unet(z, torch.full((len(z),), t), ctx, actions, bucket).float(), normal(ctx.shape[2:], 'start', samples=samples), steps)
-    return lambda x: encode_frames(vae, x, m['pad_height']), lambda z: decode_latents(vae, z, m['height']), predict
+        if level: ctx = noise_context(ctx, level.expand(len(ctx)), normal(ctx.shape[1:], 'context', samples=samples))
+        return many(one, normal(ctx.shape[2:], 'start', samples=samples), ctx, actions)
+    return lambda x: encode_frames(vae, x, m['pad_height']), lambda z: to_uint8(many(net.decode, z), m['height']), predict
 
 def cmd_evaluate(
     model, held, out, # model folder, held-out recording, folder of the report
     budget:str='full', # 'quick' or 'full'
+    rest=None, # recording of policy `rest`, for the stillness test; None: the longest rests in `held`
     steps:int|None=None, noise_level:float|None=None, progress:bool=True,
 )->Path: # report.html
     "Measure a model on held-out episodes and write the report."
-    from gamengen_nb.dataset import read_meta, episode_files
-    from gamengen_nb.engine import load_pipeline
-    from gamengen_nb.probes import evaluate
     from gamengen_nb.core import ActionSpec
-    held_meta = read_meta(episode_files(held)[0]); spec = ActionSpec.from_dict(held_meta['action_spec'])
-    pipe = load_pipeline(model, expect_spec=spec, expect_frame_tics=held_meta['frame_tics'])
-    encode,decode,predict = model_calls(pipe, steps, noise_level)
-    return evaluate(encode, decode, predict, held, out, spec, pipe.meta['context'], budget=budget, progress=progress)
+    from gamengen_nb.dataset import episode_files, read_meta
+    from gamengen_nb.engine import load_pipeline
+    from gamengen_nb.report import evaluate
+    meta = read_meta(episode_files(held)[0]); spec = ActionSpec.from_dict(meta['action_spec'])
+    pipe = load_pipeline(model, expect_spec=spec, expect_frame_tics=meta['frame_tics'])
+    about = dict(model=Path(model).name, ddim_steps=steps or pipe.meta['sample_steps'], noise_level=pipe.meta['noise_level'] if noise_level is None else noise_level)
+    return evaluate(*model_calls(pipe, steps, noise_level), held, out, spec, pipe.meta['context'], budget=budget, rest=rest, about=about, progress=progress)
 
 # %% ../nbs/90_cli.ipynb #4700e745
 def shipped(model=None)->Path:
@@ -197,12 +204,13 @@ def shipped(model=None)->Path:
     return Path(model) if model else artifact('doom-line')
 
 def engines(model=None, **kw)->dict: # name -> function that makes an engine
-    "The neural engine and the real game it was trained on, for the player."
-    from gamengen_nb.core import read_json
+    "The neural engine, the real game it was trained on, and both under the same keys, for the player."
     from gamengen_nb.engine import NeuralDoom
     from gamengen_nb.env import DoomEnv
+    from gamengen_nb.player import SideBySide
     folder = shipped(model); m = read_json(folder/'gamengen.json')
-    return dict(neural=lambda: NeuralDoom(folder, **kw), real=lambda: DoomEnv(m['scenario'], m['height'], m['width'], m['frame_tics']))
+    neural = lambda: NeuralDoom(folder, **kw); real = lambda: DoomEnv(m['scenario'], m['height'], m['width'], m['frame_tics'])
+    return dict(neural=neural, real=real, both=lambda: SideBySide(real(), neural()))
 
 def cmd_demo(
     gif='play.gif', # picture to write
@@ -248,7 +256,7 @@ def parser()->argparse.ArgumentParser:
     scen = opt('--scenario', 'ViZDoom scenario, or a map such as freedoom2:MAP01; none: the preset\'s')
     out = lambda what, d=None: opt('--out', what, d, required=d is None); many = lambda f,t: opt(f, t, nargs='+', required=True)
     cmd('train-agent', 'train the PPO agent', size, scen, opt('--steps', 'decisions of the agent; 0: the preset\'s', 0, int), mins, seed, out('folder of the agent'))
-    cmd('record', 'record episodes of the real game', size, scen, opt('--policy', 'random, scripted, or the folder of an agent', 'random'),
+    cmd('record', 'record episodes of the real game', size, scen, opt('--policy', 'random, scripted, rest (long pauses), or the folder of an agent', 'random'),
         opt('--frames', 'frames over all streams', 0, int), opt('--episodes', 'or episodes over all streams', 0, int), opt('--streams', 'independent streams', 1, int),
         opt('--shard', 'this process records streams shard, shard+num-shards, …', 0, int), opt('--num-shards', 'processes that share the streams', 1, int), seed, out('folder of the recording'))
     cmd('record-maps', 'record random frames of many maps, for the VAE', size, opt('--frames', 'frames in all', 25_000, int), out('folder, one recording per map'))
@@ -260,7 +268,7 @@ def parser()->argparse.ArgumentParser:
     cmd('pack', 'put networks and start clips into a model folder', size, opt('--unet', 'folder of the denoiser', required=True), opt('--vae', 'folder of the VAE', required=True),
         many('--frames', 'recordings for the start clips'), many('--latents', 'their latents'), opt('--noise-level', 'context noise at play time (latent standard deviations)', 0., float),
         opt('--bf16', 'store weights in bfloat16', False, action='store_true'), opt('--facts', 'JSON file of facts for the model card'), out('model folder'))
-    cmd('evaluate', 'measure a model on held-out episodes', opt('--model', 'model folder; none: the shipped engine'), opt('--held', 'held-out recording', required=True),
+    cmd('evaluate', 'measure a model on held-out episodes', opt('--model', 'model folder; none: the shipped engine'), opt('--held', 'held-out recording', required=True), opt('--rest', 'recording of policy rest, for the stillness test'),
         opt('--budget', 'quick or full', 'full', choices=('quick', 'full')), opt('--ddim-steps', 'DDIM steps; 0: the model\'s', 0, int),
         opt('--noise-level', 'context noise; none: the model\'s', None, float), out('folder of the report', 'report'))
     cmd('play', 'play the neural engine or the real game', opt('--model', 'model folder; none: the shipped engine'), opt('--window', 'a pygame window instead of JupyterLab', False, action='store_true'),
@@ -286,7 +294,7 @@ def dispatch(a):
     if a.cmd=='train-agent':
         from gamengen_nb.agent import agent_config, train_agent
         return train_agent(cfg.scenario, a.steps or cfg.agent_steps, a.seed, a.out, agent_config(cfg.scenario, cfg.name), minutes=a.minutes or None, frame_tics=cfg.frame_tics)
-    if a.cmd=='evaluate': say(f'report: {cmd_evaluate(shipped(a.model), a.held, a.out, a.budget, a.ddim_steps or None, a.noise_level)}'); return
+    if a.cmd=='evaluate': say(f'report: {cmd_evaluate(shipped(a.model), a.held, a.out, a.budget, a.rest, a.ddim_steps or None, a.noise_level)}'); return
     if a.cmd in ('bench', 'fetch'):
         from gamengen_nb.engine import bench_engine, fetch
         r = bench_engine(shipped(a.model), a.frames) if a.cmd=='bench' else fetch(source=a.source)

@@ -27,6 +27,7 @@ def decoder_loss(
     mse = F.mse_loss(decoder(z).float(), x)
     return mse, dict(psnr=-10*torch.log10(mse.detach()/4))
 
+# %% ../nbs/07_decoder_tuning.ipynb #65a0add3
 def tune_decoder(
     cfg:Preset, vae:SmallVAE, folders:list, # recordings of the game
     out, # run folder; the VAE with its new decoder is written to `out/decoder`
@@ -34,15 +35,16 @@ def tune_decoder(
     jitter:float=.1, # noise on the latents (standard deviations): the denoiser's latents are never exact
     progress:bool=True,
 )->SmallVAE: # a new VAE; `vae` is not changed
-    "Fine-tune the decoder alone; raises `CheckpointError` should the encoder change."
+    "Fine-tune the decoder alone, for `steps` or `minutes`; raises `CheckpointError` should the encoder change."
     tuned = copy.deepcopy(vae).requires_grad_(False); tuned.decoder.requires_grad_(True)
     data = FramePool(folders, pool, seed=seed); s = vae.config.scale; vae.eval()
     @torch.no_grad()
     def batch(step, samples):
-        x = to_float(data.batch('decoder', seed, samples=samples), cfg.pad_height); z = vae.encode(x)
+        x = to_float(data.batch('decoder', seed, samples=samples), cfg.pad_height); z = vae.encode(x.to(vae.device, vae.dtype)).cpu()
         if jitter: z = z+jitter*normal(z.shape[1:], 'jitter', seed, samples=samples)
         return dict(z=z/s, x=x)
     stat = fit(tuned.decoder, batch, decoder_loss, Path(out)/'decoder_run', steps=steps, minutes=minutes, batch=cfg.vae_batch, lr=cfg.vae_lr/3, ema=.99, seed=seed, desc='decoder', progress=progress)
+    tuned.to(vae.device) # `fit` moves only what it trains
     if any(not torch.equal(a, b) for a,b in zip(vae.encoder.state_dict().values(), tuned.encoder.state_dict().values())):
         raise CheckpointError('The encoder changed during decoder tuning; the cached latents would no longer fit.')
     save_model(tuned.eval(), Path(out)/'decoder'); write_json(Path(out)/'decoder_run'/'result.json', stat)

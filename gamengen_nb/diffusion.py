@@ -28,14 +28,16 @@ def add_noise(
     a,s = abar.sqrt()[:,None,None,None],(1-abar).sqrt()[:,None,None,None]
     return a*z0+s*eps, a*eps-s*z0
 
+# %% ../nbs/06_noise_augmentation.ipynb #9c87a427
 def noise_bucket(
     level:Tensor, # noise level α, (B,), latent standard deviations
     top:float=.7, n:int=10, # highest level and number of buckets
 )->Tensor: # (B,) int64 in 0…n-1
     "floor(n·α/top), clipped; raises `ConfigError` for a level outside 0…top."
-    if (level<0).any() or (level>top+1e-6).any(): raise ConfigError(f'The context noise level must lie in 0…{top:g}, got {level.tolist()}.')
+    if not ((level>=0)&(level<=top+1e-6)).all(): raise ConfigError(f'The context noise level must lie in 0…{top:g}, got {level.tolist()}.')
     return (level/top*n).long().clamp(0, n-1)
 
+# %% ../nbs/06_noise_augmentation.ipynb #fcac6797
 def noise_context(
     ctx:Tensor,   # past latents, (B,T,C,h,w)
     level:Tensor, # (B,)
@@ -53,6 +55,7 @@ def motion_weight(
     d = (z0-last).abs().mean(1, keepdim=True); m = d.mean((2, 3), keepdim=True)
     return (1+k*d/(m+.02))/(1+k*m/(m+.02))
 
+# %% ../nbs/06_noise_augmentation.ipynb #783588a0
 def diffusion_loss(
     model, # `ActionUNet`-like callable
     z0:Tensor, ctx:Tensor, actions:Tensor, # target (B,C,h,w), past (B,T,C,h,w), actions (B,T,A)
@@ -82,12 +85,13 @@ def make_batch(
     return dict(z0=f(z0), ctx=f(ctx), actions=f(a), eps=normal(z0.shape[1:], 'eps', seed, samples=samples), ctx_eps=normal(ctx.shape[1:], 'ctx', seed, samples=samples),
         t=(f(u)*1000).long().clamp(0, 999), level=f([r.random()*cfg.noise_max for r in rs]), keep=f([r.random()>=cfg.drop_p for r in rs]))
 
+# %% ../nbs/06_noise_augmentation.ipynb #8e384a46
 def train_denoiser(
     cfg:Preset, data:LatentData,
     out, # run folder; the finished network is written to `out/unet`
     steps:int=0, minutes:float=0, seed:int=0, motion:float=1., progress:bool=True,
 )->ActionUNet: # with EMA weights, in eval mode
-    "Train the action-conditioned denoiser on cached latents."
+    "Train the action-conditioned denoiser on cached latents; give `steps` or `minutes`."
     torch.manual_seed(seed)
     model = make_unet(cfg, data.rows.actions.shape[1]); pick = targets(data.rows, 'train')
     if len(pick)==0: pick = targets(data.rows)

@@ -270,6 +270,7 @@ def _answer_beside(widget):
     "ipykernel 7.4 steers a widget's answers to the shell that last published; from a thread that is the one a cell may be blocking."
     if hasattr(widget.comm, '_reply_subshell_for'): widget.comm._reply_subshell_for = lambda data, default: default
 
+# %% ../nbs/10_player.ipynb #c748b090
 class Player(ipywidgets.VBox):
     "A widget: show it in a cell, click the picture, play. Starts when a page appears; a later player stops an earlier one."
     _playing = None # weak reference to the player whose thread runs

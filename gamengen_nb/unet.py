@@ -6,12 +6,14 @@
 __all__ = ['ActionUNet', 'make_unet', 'load_unet']
 
 # %% ../nbs/05_action_unet.ipynb #c68c6376
+import json
+
 import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from torch import nn, Tensor
 
-from .core import CheckpointError, ConfigError, Preset, verify
+from .core import CheckpointError, Preset, verify
 
 # %% ../nbs/05_action_unet.ipynb #ed18e32b
 class ActionUNet(ModelMixin, ConfigMixin):
@@ -28,12 +30,15 @@ class ActionUNet(ModelMixin, ConfigMixin):
         heads:int=4, # attention heads
         noise_buckets:int=10, noise_max:float=.7, # context noise the network was trained on
         action_in_time:bool=True, # also add the actions to the time embedding; the paper uses cross-attention alone
+        sd:bool=False, # Stable Diffusion 1.4's layout: no attention at the lowest level, instead of none at the top; norms of 32 groups
     ):
         super().__init__(); n = len(widths)
+        plain,cross,groups = ('DownBlock2D',),('CrossAttnDownBlock2D',)*(n-1),32 if sd else 16
+        down = cross+plain if sd else plain+cross
         self.unet = UNet2DConditionModel(sample_size=tuple(sample_size), in_channels=latent_channels*(context+1), out_channels=latent_channels,
-            down_block_types=('DownBlock2D',)+('CrossAttnDownBlock2D',)*(n-1), up_block_types=('CrossAttnUpBlock2D',)*(n-1)+('UpBlock2D',),
+            down_block_types=down, up_block_types=tuple(b.replace('Down', 'Up') for b in reversed(down)),
             block_out_channels=tuple(widths), layers_per_block=layers, cross_attention_dim=cross_dim, attention_head_dim=heads,
-            norm_num_groups=16, class_embed_type='identity')
+            norm_num_groups=groups, class_embed_type='identity')
         emb = 4*widths[0] # width of the U-Net's time embedding
         self.action_embedding = nn.Linear(action_dim, cross_dim, bias=False) # token = action @ embedding
         self.position = nn.Parameter(torch.randn(context, cross_dim)*.02) # without it attention sees a bag of actions
@@ -54,17 +59,23 @@ class ActionUNet(ModelMixin, ConfigMixin):
         if self.action_time is not None: cls = cls+self.action_time(tok.flatten(1))
         return self.unet(torch.cat([z_t, ctx.flatten(1, 2)], 1), t, encoder_hidden_states=tok, class_labels=cls).sample
 
+# %% ../nbs/05_action_unet.ipynb #7a046152
 def make_unet(
     cfg:Preset, action_dim:int, # A
 )->ActionUNet:
-    "A fresh denoiser of a preset's size; the paper's preset conditions on actions through cross-attention alone."
-    return ActionUNet(cfg.context, cfg.latent_channels, action_dim, cfg.latent_hw, tuple(cfg.unet_widths), cfg.unet_layers, cfg.cross_dim,
-        noise_buckets=cfg.noise_buckets, noise_max=cfg.noise_max, action_in_time=cfg.name!='paper')
+    "A fresh denoiser of a preset's size; the paper's preset has SD 1.4's layout and conditions on actions through cross-attention alone."
+    paper = cfg.name=='paper'
+    return ActionUNet(context=cfg.context, latent_channels=cfg.latent_channels, action_dim=action_dim, sample_size=cfg.latent_hw,
+        widths=tuple(cfg.unet_widths), layers=cfg.unet_layers, cross_dim=cfg.cross_dim, heads=8 if paper else 4, noise_buckets=cfg.noise_buckets, noise_max=cfg.noise_max, action_in_time=not paper, sd=paper)
 
+# %% ../nbs/05_action_unet.ipynb #4f53c968
 def load_unet(
     folder, # written by `latents.save_model`
 )->ActionUNet: # in eval mode
     "Load a denoiser; raises `CheckpointError` when the folder is missing, damaged or holds something else."
     folder = verify(folder)
-    try: return ActionUNet.from_pretrained(folder, low_cpu_mem_usage=False).eval()
+    try:
+        kind = json.loads((folder/'config.json').read_text())['_class_name']
+        if kind!='ActionUNet': raise ValueError(f'it holds a {kind}')
+        return ActionUNet.from_pretrained(folder, low_cpu_mem_usage=False).eval()
     except Exception as e: raise CheckpointError(f'{folder} is not an action U-Net ({str(e).splitlines()[0][:120]}).') from e
