@@ -55,7 +55,7 @@ def cmd_record(
     return total
 
 def cmd_record_maps(cfg:Preset, out, frames:int, seed:int=100, progress:bool=True):
-    "A few random frames of many maps, for the VAE: `frames` in all."
+    "A few random frames of many maps, for the VAE: `frames` in all, one recording per map below `out`."
     for i,m in enumerate(MAPS): cmd_record(cfg, Path(out)/m.replace(':', '-'), m, frames=-(-frames//len(MAPS)), seed=seed+i, progress=progress)
     return sorted(str(p) for p in Path(out).iterdir() if p.is_dir())
 
@@ -65,7 +65,7 @@ def split_budget(steps, minutes, share):
     return dict(minutes=minutes*share) if minutes else dict(steps=steps)
 
 def start_clips(
-    data, T:int, n:int=16, seed:int=0,
+    data, T:int, n:int=16, seed:int=0, # `LatentData`; context, starts (frames)
 )->dict: # latents (K,T,C,h,w) float16, actions (K,T,A) float32
     "Contexts from which play starts: whole windows inside episodes that the denoiser was not trained on, where there are any."
     from gamengen_nb.dataset import targets
@@ -107,7 +107,7 @@ def cmd_pack(
     return save_pipeline(out, unet, vae, meta, start_clips(data, cfg.context), model_card(meta, facts, figures))
 
 # %% ../nbs/90_cli.ipynb #d1468c4e
-def say(text:str): "A line between progress bars."; print(text, file=sys.stderr, flush=True)
+def say(text:str): "Show `text` as a line between progress bars."; print(text, file=sys.stderr, flush=True)
 
 def held_for(cfg:Preset)->int: "Held-out episodes to record."; return 28 if cfg.frames>=10_000 else 3
 

@@ -157,6 +157,8 @@ class Preset:
     decoder_steps: int = 1_500
     unet_steps: int = 10_000
     noise_max: float = .7             # top level of context noise (latent std)
+    noise_power: float = 2.           # a level is u**power * top, u uniform; 1 in the paper
+    t_focus: float = .5               # share of training timesteps taken from the sampler's own list; 0 in the paper
     noise_buckets: int = 10
     drop_p: float = .1                # share of samples whose context frames are dropped
     sample_steps: int = 4             # DDIM steps at play time
@@ -178,7 +180,7 @@ PRESETS = dict(
         decoder_steps=5_000, unet_steps=60_000),
     paper=Preset('paper', height=240, width=320, context=64, vae='CompVis/stable-diffusion-v1-4', latent_channels=4,
         unet_widths=(320, 640, 1280, 1280), unet_layers=2, cross_dim=768, batch=128, lr=2e-5, vae_batch=2048, vae_lr=2e-5,
-        agent_steps=50_000_000, frames=70_000_000, vae_steps=0, decoder_steps=10_000, unet_steps=700_000),
+        agent_steps=50_000_000, frames=70_000_000, noise_power=1., t_focus=0., vae_steps=0, decoder_steps=10_000, unet_steps=700_000),
 )
 
 def preset(
@@ -263,8 +265,9 @@ def verify(folder)->Path: # the folder
     folder = Path(folder)
     if not folder.is_dir(): raise CheckpointError(f'There is no checkpoint folder {folder}; check the path, or run `gamengen fetch` for the shipped engine.')
     if not (folder/'sha256.json').exists(): raise CheckpointError(f'{folder} is not a finished checkpoint (sha256.json is missing); train it to the end or choose another folder.')
-    try: want = dict(read_json(folder/'sha256.json'))
-    except (DataError, TypeError, ValueError) as e: raise CheckpointError(f'The seal of {folder} is damaged ({e}); copy or fetch the folder again.') from None
+    try: want = read_json(folder/'sha256.json')
+    except DataError as e: raise CheckpointError(str(e)) from None
+    if not isinstance(want, dict): raise CheckpointError(f'The seal of {folder} is damaged (it lists no files); copy or fetch the folder again.')
     for name,h in want.items():
         p = folder/name
         if not p.is_file(): raise CheckpointError(f'{p} is missing from the checkpoint; copy the folder again.')

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['HELDOUT_SEED', 'encode_png', 'decode_png', 'Episode', 'episode_id', 'split_of', 'write_episode', 'read_meta',
-           'read_episode', 'episode_files', 'RandomPolicy', 'ScriptedPolicy', 'play_episode', 'record', 'Rows',
-           'join_rows', 'targets', 'window']
+           'read_episode', 'episode_files', 'damaged', 'RandomPolicy', 'ScriptedPolicy', 'play_episode', 'record',
+           'Rows', 'join_rows', 'targets', 'window', 'coverage']
 
 # %% ../nbs/03a_dataset.ipynb #df69439f
-import io, json, os
+import hashlib, io, json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,9 +38,9 @@ def encode_png(
 def decode_png(
     data:bytes, # a PNG
 )->np.ndarray: # (H,W,3) uint8
-    "The exact pixels back."
+    "The exact pixels back; raises `DataError` for a damaged picture."
     try: return np.asarray(Image.open(io.BytesIO(data)).convert('RGB'))
-    except Exception as e: raise DataError(f'A stored frame is not a readable PNG ({e}); check the recording with `gamengen data check`.') from None
+    except Exception as e: raise DataError(f'A stored frame is not a readable PNG ({type(e).__name__}); delete its episode file, the other episodes stay usable.') from None
 
 # %% ../nbs/03a_dataset.ipynb #63a82505
 @dataclass
@@ -55,10 +55,10 @@ class Episode:
     meta: dict             # id, seed, stream, n, scenario, skill, frame_tics, action_spec, variable_names, source
     def __len__(self): return len(self.frames)
     @property
-    def spec(self)->ActionSpec: return ActionSpec.from_dict(self.meta['action_spec'])
+    def spec(self)->ActionSpec: "What an action means here."; return ActionSpec.from_dict(self.meta['action_spec'])
 
 def episode_id(seed:int, stream:int, n:int)->str: # 16 hex digits
-    "hash(run seed, env, n): merging recordings never reshuffles the splits."
+    "hash(run seed, stream, n): merging recordings never reshuffles the splits."
     return rng('episode', seed, stream, n).bytes(8).hex()
 
 HELDOUT_SEED = 9000
@@ -71,39 +71,51 @@ def split_of(
     u = int(meta['id'], 16)/16**16
     return 'train' if u<.9 else 'val' if u<.95 else 'test'
 
-def _schema(meta):
-    f = pa.field
-    val = lambda t: dict(dtype=t, _type='Value')
+# %% ../nbs/03a_dataset.ipynb #918a747c
+def _schema(meta:str, sums:dict):
+    f,val = pa.field,lambda t: dict(dtype=t, _type='Value')
     seq = dict(feature=val('float32'), _type='Sequence')
     hf = dict(info=dict(features={'episode_index':val('int64'), 'frame_index':val('int64'), 'timestamp':val('float32'), 'frame':dict(mode='RGB', _type='Image'),
         'action':seq, 'observation.state':seq, 'reward':val('float32'), 'next.done':val('bool'), 'next.truncated':val('bool')}))
     return pa.schema([f('episode_index', pa.int64()), f('frame_index', pa.int64()), f('timestamp', pa.float32()),
         f('frame', pa.struct([f('bytes', pa.binary()), f('path', pa.string())])), f('action', pa.list_(pa.float32())),
         f('observation.state', pa.list_(pa.float32())), f('reward', pa.float32()), f('next.done', pa.bool_()), f('next.truncated', pa.bool_())],
-        metadata={'gamengen':json.dumps(meta), 'huggingface':json.dumps(hf)})
+        metadata={'gamengen':meta, 'gamengen.sums':json.dumps(sums), 'huggingface':json.dumps(hf)})
+
+def _hash(*parts)->str: return hashlib.blake2b(b'|'.join(parts), digest_size=16).hexdigest()
+
+def _row_hash(ep)->str: # of everything but the pictures
+    return _hash(*(np.ascontiguousarray(x, np.float32).tobytes() for x in (ep.actions, ep.rewards, ep.variables)), bytes([ep.terminated, ep.truncated]))
 
 def write_episode(
     ep:Episode,
     path, # the .parquet file
 )->Path:
     "One Parquet file, page checksums on, renamed into place when whole; LeRobot's column names where they exist."
-    n = len(ep)
+    n,meta,png = len(ep),json.dumps(ep.meta),[encode_png(f) for f in ep.frames]
+    sums = dict(frames=n, meta=_hash(meta.encode()), rows=_row_hash(ep), pictures=_hash(*png))
     table = pa.table([np.full(n, ep.meta['n']), np.arange(n), np.arange(n, dtype=np.float32)*ep.meta['frame_tics']/35,
-        [dict(bytes=encode_png(f), path=None) for f in ep.frames], list(ep.actions.astype(np.float32)), list(ep.variables.astype(np.float32)),
-        ep.rewards.astype(np.float32), [ep.terminated and t==n-1 for t in range(n)], [ep.truncated and t==n-1 for t in range(n)]], schema=_schema(ep.meta))
+        [dict(bytes=b, path=None) for b in png], list(ep.actions.astype(np.float32)), list(ep.variables.astype(np.float32)),
+        ep.rewards.astype(np.float32), [ep.terminated and t==n-1 for t in range(n)], [ep.truncated and t==n-1 for t in range(n)]], schema=_schema(meta, sums))
     b = io.BytesIO(); pq.write_table(table, b, row_group_size=64, compression='zstd', use_dictionary=False, write_page_checksum=True)
     return write_atomic(path, b.getvalue())
 
+# %% ../nbs/03a_dataset.ipynb #10198c57
+def _why(e)->str: # an error of a library on one line
+    return f'{type(e).__name__}: '+' '.join(''.join(c if c.isprintable() else ' ' for c in str(e)).split())[:120]
+
 def _open(path):
     try:
-        pf = pq.ParquetFile(path, page_checksum_verification=True)
-        return pf, json.loads(pf.schema_arrow.metadata[b'gamengen'])
+        pf = pq.ParquetFile(path, page_checksum_verification=True); kv = pf.schema_arrow.metadata
+        meta,sums = kv[b'gamengen'],json.loads(kv.get(b'gamengen.sums', b'{}'))
+        if sums and (sums['meta'],sums['frames'])!=(_hash(meta), pf.metadata.num_rows): raise ValueError('its description was altered')
+        return pf, json.loads(meta), sums
     except FileNotFoundError: raise DataError(f'There is no recording {path}; record one with `gamengen record`.') from None
-    except Exception as e: raise DataError(f'{path} is not a readable episode ({type(e).__name__}: {str(e)[:120]}); delete it, the other episodes stay usable.') from None
+    except Exception as e: raise DataError(f'{path} is not a readable episode ({_why(e)}); delete it, the other episodes stay usable.') from None
 
 def read_meta(path)->dict:
-    "Only the meta of an episode file, with its number of frames as `frames`."
-    pf,meta = _open(path)
+    "Only the meta of an episode file, with its number of frames as `frames`; raises `DataError`."
+    pf,meta,_ = _open(path)
     return meta | dict(frames=pf.metadata.num_rows)
 
 def read_episode(
@@ -111,13 +123,18 @@ def read_episode(
     frames:bool=True, # False: leave the pictures out (fast)
 )->Episode:
     "Read one episode; raises `DataError` naming the file when it is missing, truncated or altered."
-    pf,meta = _open(path)
-    try: t = pf.read(columns=None if frames else [c for c in pf.schema_arrow.names if c!='frame'])
-    except Exception as e: raise DataError(f'{path} is damaged ({type(e).__name__}: {str(e)[:120]}); delete it, the other episodes stay usable.') from None
-    x = np.stack([decode_png(r['bytes']) for r in t['frame'].to_pylist()]) if frames else np.zeros((t.num_rows, 0, 0, 3), np.uint8)
-    arr = lambda c: np.array(t[c].to_pylist(), np.float32)
-    return Episode(x, arr('action'), arr('reward'), arr('observation.state'), t['next.done'][-1].as_py(), t['next.truncated'][-1].as_py(), meta)
+    pf,meta,sums = _open(path)
+    try:
+        t = pf.read(columns=None if frames else [c for c in pf.schema_arrow.names if c!='frame'])
+        png = [r['bytes'] for r in t['frame'].to_pylist()] if frames else []
+        x = np.stack([decode_png(b) for b in png]) if frames else np.zeros((t.num_rows, 0, 0, 3), np.uint8)
+        arr = lambda c: np.array(t[c].to_pylist(), np.float32)
+        ep = Episode(x, arr('action'), arr('reward'), arr('observation.state'), t['next.done'][-1].as_py(), t['next.truncated'][-1].as_py(), meta)
+        if sums and (sums['rows']!=_row_hash(ep) or frames and sums['pictures']!=_hash(*png)): raise ValueError('its contents were altered')
+    except Exception as e: raise DataError(f'{path} is damaged ({_why(e)}); delete it, the other episodes stay usable.') from None
+    return ep
 
+# %% ../nbs/03a_dataset.ipynb #fed0de19
 def episode_files(
     folder, # a recording
 )->list[Path]: # in stream order
@@ -125,6 +142,16 @@ def episode_files(
     files = sorted(Path(folder).glob('stream-*/ep-*.parquet'))
     if not files: raise DataError(f'{folder} holds no recorded episode; record some with `gamengen record`.')
     return files
+
+def damaged(
+    folder, # a recording
+)->dict: # file -> what is wrong with it; empty when all is well
+    "Read every episode of a recording whole, and report those that can't be used."
+    bad = {}
+    for f in episode_files(folder):
+        try: read_episode(f)
+        except DataError as e: bad[f] = str(e)
+    return bad
 
 # %% ../nbs/03a_dataset.ipynb #1ee73e0f
 class RandomPolicy:
@@ -154,53 +181,57 @@ class ScriptedPolicy(RandomPolicy):
             for k in self.rng.permutation(n): self.todo += [int(k)]*int(self.rng.integers(3, 16)) + [0]*int(self.rng.integers(0, 6))
         return self.table[self.todo.pop()]
 
-# %% ../nbs/03a_dataset.ipynb #b5731592
+# %% ../nbs/03a_dataset.ipynb #692aa451
+def _about(env)->dict:
+    u = env.unwrapped
+    return dict(scenario=getattr(u, 'scenario', str(env.spec and env.spec.id)), skill=getattr(u, 'skill', None), frame_tics=u.frame_tics, action_spec=u.action_spec.to_dict())
+
 def play_episode(
-    env, # a gymnasium.Env with `action_spec`
+    env, # a gymnasium.Env with `action_spec` and `frame_tics`
     policy, # `reset(*key)` and `policy(obs, info) -> action`
     seed:int, stream:int, n:int, # the episode's counter
     max_frames:int|None=None, # stop after so many frames (counts as truncated)
 )->Episode:
-    "Play one episode and keep every frame from step 0."
-    u = env.unwrapped
+    "Play one episode and keep every frame from step 0; raises `ActionError` when the policy's action does not fit."
+    spec = env.unwrapped.action_spec
     obs,info = env.reset(seed=int(rng('reset', seed, stream, n).integers(2**31-1))); policy.reset(seed, stream, n)
     rows,done,cut = [],False,False
     while not (done or cut):
-        act = u.action_spec.check(policy(obs, info))
+        act = spec.check(policy(obs, info))
         nxt,reward,done,cut,info2 = env.step(act)
         rows.append((obs, act, reward, list(info.get('variables', {}).values()))); obs,info = nxt,info2
         if max_frames and len(rows)>=max_frames and not done: cut = True
-    meta = dict(id=episode_id(seed, stream, n), seed=seed, stream=stream, n=n, scenario=getattr(u, 'scenario', str(env.spec and env.spec.id)),
-        skill=getattr(u, 'skill', None), frame_tics=u.frame_tics, action_spec=u.action_spec.to_dict(), variable_names=list(info.get('variables', {})),
-        source=getattr(policy, 'source', 'agent'))
+    meta = dict(id=episode_id(seed, stream, n), seed=seed, stream=stream, n=n)|_about(env)
+    meta |= dict(variable_names=list(info.get('variables', {})), source=getattr(policy, 'source', 'agent'))
     f,a,r,v = zip(*rows)
     return Episode(np.stack(f), np.stack(a), np.array(r, np.float32), np.array(v, np.float32).reshape(len(f), -1), done, cut, meta)
 
+# %% ../nbs/03a_dataset.ipynb #bae52530
+def _recorded(path, env, seed:int)->int:
+    "Frames of an episode of an earlier run; raises `DataError` when it is of another game or seed."
+    m,now = read_meta(path),_about(env)|dict(seed=seed)
+    bad = [k for k in ('seed', 'scenario', 'frame_tics', 'action_spec') if m[k]!=now[k]]
+    if bad: raise DataError(f"{path} was recorded with another {' and '.join(bad)}; choose another folder or stream.")
+    return m['frames']
+
 def record(
     env, # one environment: one stream, one writer
-    policy,
+    policy, # see `play_episode`
     folder, # the recording; files go to stream-XXXX/ep-XXXXXX.parquet
     frames:int=0,   # stop when the stream holds at least so many frames
     episodes:int=0, # or at least so many episodes
     seed:int=0, stream:int=0,
     progress:bool=True,
 )->int: # frames of the stream now on disk
-    "Record episodes into a stream until the budget is reached; finished episodes of an earlier, killed run are kept and counted."
+    "Record episodes into a stream until the budget is reached; finished episodes of an earlier, killed run are kept and counted. Raises `DataError`."
     if not (frames or episodes): raise ConfigError('Say how much to record: frames or episodes.')
-    folder = Path(folder)/f'stream-{stream:04d}'; folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)/f'stream-{stream:04d}'; total,n = 0,0
     for tmp in folder.glob('.*.tmp'): tmp.unlink()
-    total,n = 0,0
-    while (p := folder/f'ep-{n:06d}.parquet').exists():
-        m = read_meta(p)
-        if (m['seed'],m['frame_tics'],m['action_spec']) != (seed, env.unwrapped.frame_tics, env.unwrapped.action_spec.to_dict()):
-            raise DataError(f'{p} was recorded with another seed, clock or action spec; choose another folder or stream.')
-        total += m['frames']; n += 1
-    bar = tqdm(total=frames or episodes, initial=min(total, frames) if frames else n, unit='frame' if frames else 'episode', desc=f'recording stream {stream}', disable=not progress)
-    while (frames and total<frames) or (episodes and n<episodes):
-        ep = play_episode(env, policy, seed, stream, n)
-        write_episode(ep, folder/f'ep-{n:06d}.parquet'); total += len(ep); n += 1
-        bar.update(len(ep) if frames else 1)
-    bar.close()
+    with tqdm(total=frames or episodes, unit='frame' if frames else 'episode', desc=f'recording stream {stream}', disable=not progress) as bar:
+        while (p := folder/f'ep-{n:06d}.parquet').exists() or (frames and total<frames) or (episodes and n<episodes):
+            if p.exists(): k = _recorded(p, env, seed)
+            else: ep = play_episode(env, policy, seed, stream, n); write_episode(ep, p); k = len(ep)
+            total += k; n += 1; bar.update(k if frames else 1)
     return total
 
 # %% ../nbs/03a_dataset.ipynb #773c281f
@@ -213,7 +244,7 @@ class Rows:
     split: np.ndarray     # (N,) of 'train', 'val', 'test', 'heldout'
 
 def join_rows(
-    episodes:list, # (meta with 'frames' and 'terminated', actions (n,A)) in stream order
+    episodes:list, # (meta with 'terminated', actions (n,A)) in stream order
 )->Rows:
     "Chain episodes into rows: a death joins its next episode; a cut, a new stream or another split starts a new segment."
     acts,seg,fr,sp = [],[],[],[]
@@ -237,6 +268,7 @@ def targets(
     if not joins: ok &= rows.frame>0
     return i[ok]
 
+# %% ../nbs/03a_dataset.ipynb #5b5be09b
 def window(
     rows:Rows,
     target:np.ndarray, # (B,) rows to predict
@@ -248,3 +280,13 @@ def window(
     ctx = np.maximum(want, rows.seg_start[target][:,None])
     a = rows.actions[ctx].copy(); a[want<ctx] = 0 if noop is None else noop
     return ctx, a
+
+# %% ../nbs/03a_dataset.ipynb #274d69a3
+def coverage(
+    actions:np.ndarray, # (N,A)
+    spec:ActionSpec,
+)->dict: # name, such as 'TURN_LEFT+ATTACK', 'no-op' or '-TURN_LEFT_RIGHT_DELTA' -> share of frames, largest first
+    "How often each combination of buttons was pressed; of a delta only the sign counts."
+    kinds,count = np.unique(np.sign(actions), axis=0, return_counts=True)
+    name = lambda row: '+'.join(('-' if x<0 else '')+b for b,x in zip(spec.buttons, row) if x) or 'no-op'
+    return {name(kinds[k]):float(count[k]/len(actions)) for k in np.argsort(-count, kind='stable')}

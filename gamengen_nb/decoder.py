@@ -29,13 +29,17 @@ def decoder_loss(
 
 # %% ../nbs/07_decoder_tuning.ipynb #65a0add3
 def tune_decoder(
-    cfg:Preset, vae:SmallVAE, folders:list, # recordings of the game
+    cfg:Preset, # batch and learning rate
+    vae:SmallVAE, # the general VAE
+    folders:list, # recordings of the game
     out, # run folder; the VAE with its new decoder is written to `out/decoder`
-    steps:int=0, minutes:float=0, seed:int=0, pool:int=20_000,
+    steps:int=0, minutes:float=0, # budget, in updates or in minutes of training
+    seed:int=0, # of frames and jitter
+    pool:int=20_000, # frames to hold in memory
     jitter:float=.1, # noise on the latents (standard deviations): the denoiser's latents are never exact
-    progress:bool=True,
+    progress:bool=True, # show a bar
 )->SmallVAE: # a new VAE; `vae` is not changed
-    "Fine-tune the decoder alone, for `steps` or `minutes`; raises `CheckpointError` should the encoder change."
+    "Fine-tune the decoder alone; raises `CheckpointError` should the encoder change."
     tuned = copy.deepcopy(vae).requires_grad_(False); tuned.decoder.requires_grad_(True)
     data = FramePool(folders, pool, seed=seed); s = vae.config.scale; vae.eval()
     @torch.no_grad()

@@ -10,6 +10,7 @@ __all__ = ['FORMAT', 'CLASSES', 'FIELDS', 'SHIPPED', 'SOURCE', 'Pipeline', 'chec
 # %% ../nbs/08a_engine.ipynb #e5adc5d4
 import copy, hashlib, json, shutil, time, urllib.request, warnings
 from dataclasses import dataclass
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
@@ -162,6 +163,9 @@ def fetch(
     source = source or repo_data() or SOURCE
     try: items = {a['name']:a for a in json.loads(_read(source, 'artifacts.json'))['artifacts']}
     except (ValueError, KeyError, TypeError): raise DataError(f'{source}/artifacts.json is not a list of artifacts; check the address.') from None
+    known = Path(str(files('gamengen_nb')))/'artifacts.json' # a wheel carries the list of its release, so the address need not be trusted
+    for a in read_json(known)['artifacts'] if known.exists() else ():
+        if items.get(a['name'], a)['sha256']!=a['sha256']: raise DataError(f"{source} has another {a['name']} than this version of the package expects; update the package, or name the address of its release.")
     if bad := [n for n in names or items if n not in items or '/' in n or n.startswith('.')]: raise DataError(f"{source} has no {', '.join(bad)}; it has {', '.join(items)}.")
     got = {n:_fetch_one(source, items[n]) for n in names or items}
     old = read_json(home()/'artifacts.json')['artifacts'] if (home()/'artifacts.json').exists() else []

@@ -115,7 +115,7 @@ def bootstrap(
 Calls = namedtuple('Calls', 'encode decode predict') # a model as three functions, see `Held` and `teacher_forced`
 
 def finite(z, where:str):
-    "The tensor itself; raises `DataError` when it holds NaN or infinity."
+    "The tensor itself; raises `DataError`, saying `where`, when it holds NaN or infinity."
     if not torch.isfinite(z).all(): raise DataError(f'The engine made numbers that are not finite {where}; its weights are damaged or it was trained with too high a rate.')
     return z
 
@@ -253,7 +253,7 @@ def roll(
 
 def script(
     held:Held, start:np.ndarray, # (B,) rows to predict first
-    T:int, steps:int,
+    T:int, steps:int, # context; frames to predict
     later=None, # (B,steps-1,A) actions from the second step on; None: the recorded ones
 ): # context rows (B,T) and actions (B,T+steps-1,A), tensors
     "What `roll` needs to dream from a recorded moment."
@@ -278,14 +278,12 @@ def autoregressive(
     for i in tqdm(range(0, len(s), batch), desc='rollouts', disable=not progress):
         b = s[i:i+batch]; ctx,a = script(held, b, T, steps); at = b[:,None]+np.arange(steps); n = len(b)
         zs = torch.stack(list(roll(predict, z[ctx], a, b)), 1).flatten(0, 1)
-        films = dict(model=np.concatenate(batches(decode, zs)), copy_first=np.repeat(held.frames[b-1], steps, 0), ceiling=np.concatenate(batches(decode, z[at.ravel()])))
-        real = held.frames[at.ravel()]
+        real = held.frames[at.ravel()]; shown,ceiling = (np.concatenate(batches(decode, v)) for v in (zs, z[at.ravel()]))
+        films = dict(model=shown, copy_first=np.repeat(held.frames[b-1], steps, 0), ceiling=ceiling)
         for k,v in films.items():
             for c,cut in CROPS.items(): curve.setdefault(f'{k}/{c}', []).append(psnr(cut(v), cut(real)).reshape(n, steps))
-        energy.append([gradient_energy(view_crop(v)).reshape(n, steps) for v in (films['model'], films['ceiling'], real)])
-        if keep is None: keep = {k:v[:steps] for k,v in dict(real=real, ceiling=films['ceiling'], neural=films['model']).items()}
-    e = [np.concatenate(v).mean(0) for v in zip(*energy)]; curve = {k:np.concatenate(v) for k,v in curve.items()}
-    out = dict(n=len(s), steps=steps, psnr={k:v.mean(0).tolist() for k,v in curve.items()}, sharpness=(e[0]/e[1]).tolist(), sharpness_mean=float(e[0].mean()/e[1].mean()),
-        sharpness_end=float(e[0][-steps//4:].mean()/e[1][-steps//4:].mean()), ceiling_share=float(e[1].mean()/e[2].mean()),
-        interval=bootstrap(curve['model/frame'].mean(1), held.episode[s]))
-    return out | dict(films=dict(rollout=keep))
+        energy.append([gradient_energy(view_crop(v)).reshape(n, steps) for v in (shown, ceiling, real)])
+        if keep is None: keep = {k:v[:steps] for k,v in dict(real=real, ceiling=ceiling, neural=shown).items()}
+    e = [np.concatenate(v).mean(0) for v in zip(*energy)]; curve = {k:np.concatenate(v) for k,v in curve.items()}; q = -max(steps//4, 1)
+    return dict(n=len(s), steps=steps, psnr={k:v.mean(0).tolist() for k,v in curve.items()}, sharpness=(e[0]/e[1]).tolist(), sharpness_mean=float(e[0].mean()/e[1].mean()),
+        sharpness_end=float(e[0][q:].mean()/e[1][q:].mean()), ceiling_share=float(e[1].mean()/e[2].mean()), interval=bootstrap(curve['model/frame'].mean(1), held.episode[s]), films=dict(rollout=keep))

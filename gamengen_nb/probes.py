@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .core import TERMS, DataError, rng, view_crop
 from .dataset import RandomPolicy
-from .metrics import LUMA, Calls, Held, batches, bootstrap, psnr, roll, script
+from .metrics import LUMA, Held, gradient_energy, psnr, roll, script
 
 # %% ../nbs/09a_probes.ipynb #67492062
 STEP = .5 # degrees per column of an unrolled picture
@@ -25,16 +25,16 @@ def unroll(
     fov:float=90., # horizontal field of view (degrees)
     bands:int=26,  # rows of the result
 )->np.ndarray: # (N,bands,fov/STEP) float32 brightness, 0…1
-    "The upper half of the view (no weapon there) on a cylinder, where a turn is a shift."
+    "The quarter of the view above the horizon (walls, no weapon) on a cylinder, where a turn is a shift."
     h,w = view_crop(frames).shape[1:3]; f = w/2/np.tan(np.radians(fov/2))
-    th = np.radians(np.arange(-fov/2+STEP/2, fov/2, STEP)); r = np.linspace(-h/2+.5, -.5, max(h//4, 1)*2) # rows above the horizon
+    th = np.radians(np.arange(-fov/2+STEP/2, fov/2, STEP)); r = np.linspace(-h/4, -.5, bands) # rows above the horizon
     x,y = w/2-.5+f*np.tan(th),np.clip((h-1)/2+r[:,None]/np.cos(th), 0, h-1)
     grid = torch.from_numpy(np.stack([np.broadcast_to(2*x/(w-1)-1, y.shape), 2*y/(h-1)-1], -1)).float()[None]
     out = []
     for i in range(0, len(frames), 256):
         g = torch.from_numpy(view_crop(frames[i:i+256]).astype(np.float32)@LUMA/255)[:,None]
         p = F.grid_sample(g, grid.expand(len(g), -1, -1, -1), padding_mode='border', align_corners=True)
-        out.append(F.adaptive_avg_pool2d(p, (bands, len(th)))[:,0].numpy())
+        out.append(p[:,0].numpy())
     return np.concatenate(out)
 
 def shift(
@@ -180,7 +180,7 @@ def judge_window(
     actions, # (B,n-1,A), what led from each frame to the next
     stats:FrameStatistics, reference, # features of real frames
     real:dict, # `real_to_real`
-    spec, fov:float=90.,
+    spec, fov:float=90., # `ActionSpec`; the camera's field of view (degrees)
 )->dict: # turn; frechet, spread and closest in real units; differ; alive
     "The three questions of `alive` about one window of dreams."
     turn = share([x for f,a in zip(film, actions) for x in turn_score(f, a, spec, fov)])
@@ -261,11 +261,12 @@ def calm_psnr(
 def still_curves(
     film, # (B,n,H,W,3): the own first frame and what follows
     fov:float=90.,
-)->dict: # view and calm (dB), turn (degrees), each (B,n-1)
+)->dict: # view and calm (dB), turn (degrees), sharp (gradient energy, share of the first frame's), each (B,n-1)
     "How well views stay what they were."
     view = [psnr(view_crop(f[1:]), view_crop(np.broadcast_to(f[:1], f[1:].shape))) for f in film]
     turn = [np.abs(shift(np.broadcast_to(u[:1], u[1:].shape), u[1:])[0]) for u in (unroll(f, fov) for f in film)]
-    return dict(view=np.stack(view), calm=np.stack([calm_psnr(f[1:], f[0]) for f in film]), turn=np.stack(turn))
+    sharp = [e[1:]/max(e[0], 1e-9) for e in (gradient_energy(view_crop(f)) for f in film)]
+    return dict(view=np.stack(view), calm=np.stack([calm_psnr(f[1:], f[0]) for f in film]), turn=np.stack(turn), sharp=np.stack(sharp))
 
 # %% ../nbs/09a_probes.ipynb #31882fe0
 def stillness(

@@ -184,7 +184,7 @@ def evaluate(
     b,t0,m = BUDGETS[budget],time.monotonic(),Calls(encode, decode, predict); held = load_held(held_out, b['episodes']); resting = load_held(rest) if rest else held
     if held.spec!=spec or resting.spec!=spec: raise DataError(f"{held_out} was recorded with the buttons {', '.join(held.spec.buttons)}, the model knows {', '.join(spec.buttons)}; record with the model's game.")
     key = f'{fingerprint(held, m, T)} {fingerprint(resting, m, T)} {T} {seed} {b}'; kw = dict(seed=seed, progress=progress)
-    n = next((n for n in (b['still'], 120, 60, 30, 12) if n<=b['still'] and len(rests(resting, n))>=min(2 if n<b['still'] else 1, b['still_starts'])), 0)
+    n = next((n for n in (b['still'], 120, 60, 30, 12) if n<=b['still'] and len(rests(resting, n))), 0) # frames of the longest rest there is
     todo = {'teacher':lambda: teacher_forced(held, *m, T, b['frames'], batch=batch, **kw),
         'rollout':lambda: autoregressive(held, *m, T, b['steps'], b['starts'], batch, **kw), 'real turns':lambda: real_turns(held),
         'turns':lambda: turn_probes(held, *m, T, b['probes'], batch=batch, **kw), 'still':lambda: stillness(resting, *m, T, n, b['still_starts'], **kw),

@@ -31,7 +31,10 @@ def lr_at(
     return min(1., (step+1)/max(warmup, 1))*(min(1., (1-progress)/decay) if decay else 1.)
 
 # %% ../nbs/00b_training.ipynb #0699352a
-def write_state(folder, model, ema, optimizer, info:dict)->None:
+def write_state(
+    folder, model, ema, # where to; the network and diffusers' EMAModel of it
+    optimizer, info:dict, # torch optimiser; what else to remember, JSON-able
+)->None:
     "The five files of a checkpoint: weights, averaged weights, optimiser, info, seal."
     cpu = lambda p: p.detach().contiguous().cpu()
     save_file({n:cpu(p) for n,p in model.state_dict().items()}, folder/'model.safetensors')
@@ -86,11 +89,11 @@ def log_rows(log)->list: # one dict per whole line
     return rows
 
 def trim_log(log, step:int)->None:
-    "Forget what was logged after `step`."
+    "Forget what the file `log` holds after `step`."
     if Path(log).exists(): write_atomic(log, ''.join(json.dumps(r)+'\n' for r in log_rows(log) if r.get('step', 0)<=step))
 
 def add_row(log, row:dict)->None:
-    "Append a line; raises `DataError` when the disk refuses."
+    "Append `row` as a line to the file `log`; raises `DataError` when the disk refuses."
     try:
         with open(log, 'a', encoding='utf-8') as f: f.write(json.dumps(row)+'\n')
     except OSError as e: raise DataError(f'Could not write {log}: {e.strerror}. Free some space and run the same command again; the last checkpoint is whole.') from e
@@ -110,6 +113,7 @@ class HoldInterrupt:
         if self.on: self.old = signal.signal(signal.SIGINT, self.hear)
         return self
     def hear(self, *_):
+        "The handler of SIGINT."
         if self.asked: raise KeyboardInterrupt
         self.asked = True
     def __exit__(self, *_):
@@ -181,7 +185,8 @@ def fit(
         acc.backward(l); norm = acc.clip_grad_norm_(net.parameters(), clip)
         opt.step(); opt.zero_grad(set_to_none=True); avg.step(model.parameters()); at.step += 1
         return l.detach(), dict(lr=g['lr'], grad_norm=norm, **extra)
-    with HoldInterrupt() as stop, torch.random.fork_rng(), tqdm(total=steps or None, initial=at.step, desc=desc, unit='step', disable=not (progress and main)) as bar:
+    own = [acc.device] if acc.device.type=='cuda' else [] # whose generators are put back at the end
+    with HoldInterrupt() as stop, torch.random.fork_rng(own), tqdm(total=steps or None, initial=at.step, desc=desc, unit='step', disable=not (progress and main)) as bar:
         while at.part<1:
             l,row = update(); bar.update()
             if at.step%log_every==0 or at.part>=1:

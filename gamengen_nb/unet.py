@@ -13,7 +13,7 @@ from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from torch import nn, Tensor
 
-from .core import CheckpointError, Preset, verify
+from .core import CheckpointError, Preset, alpha_bar, verify
 
 # %% ../nbs/05_action_unet.ipynb #ed18e32b
 class ActionUNet(ModelMixin, ConfigMixin):
@@ -30,20 +30,20 @@ class ActionUNet(ModelMixin, ConfigMixin):
         heads:int=4, # attention heads
         noise_buckets:int=10, noise_max:float=.7, # context noise the network was trained on
         action_in_time:bool=True, # also add the actions to the time embedding; the paper uses cross-attention alone
+        predict_change:bool=False, # diffuse the change since the newest past latent; the paper diffuses the latent itself
         sd:bool=False, # Stable Diffusion 1.4's layout: no attention at the lowest level, instead of none at the top; norms of 32 groups
     ):
-        super().__init__(); n = len(widths)
-        plain,cross,groups = ('DownBlock2D',),('CrossAttnDownBlock2D',)*(n-1),32 if sd else 16
-        down = cross+plain if sd else plain+cross
+        super().__init__(); plain,cross = ('DownBlock2D',),('CrossAttnDownBlock2D',)*(len(widths)-1)
+        down,emb = cross+plain if sd else plain+cross,4*widths[0] # emb: width of the U-Net's time embedding
         self.unet = UNet2DConditionModel(sample_size=tuple(sample_size), in_channels=latent_channels*(context+1), out_channels=latent_channels,
             down_block_types=down, up_block_types=tuple(b.replace('Down', 'Up') for b in reversed(down)),
             block_out_channels=tuple(widths), layers_per_block=layers, cross_attention_dim=cross_dim, attention_head_dim=heads,
-            norm_num_groups=groups, class_embed_type='identity')
-        emb = 4*widths[0] # width of the U-Net's time embedding
+            norm_num_groups=32 if sd else 16, class_embed_type='identity')
         self.action_embedding = nn.Linear(action_dim, cross_dim, bias=False) # token = action @ embedding
         self.position = nn.Parameter(torch.randn(context, cross_dim)*.02) # without it attention sees a bag of actions
         self.level_embedding = nn.Embedding(noise_buckets, emb)
         self.action_time = nn.Linear(context*cross_dim, emb) if action_in_time else None
+        self.register_buffer('abar', alpha_bar(), persistent=False)
         nn.init.normal_(self.action_embedding.weight, std=.5); nn.init.zeros_(self.level_embedding.weight)
 
     def forward(self,
@@ -57,16 +57,21 @@ class ActionUNet(ModelMixin, ConfigMixin):
         tok = self.action_embedding(actions.to(z_t.dtype))+self.position
         cls = self.level_embedding(level)
         if self.action_time is not None: cls = cls+self.action_time(tok.flatten(1))
-        return self.unet(torch.cat([z_t, ctx.flatten(1, 2)], 1), t, encoder_hidden_states=tok, class_labels=cls).sample
+        net = lambda z: self.unet(torch.cat([z, ctx.flatten(1, 2)], 1), t, encoder_hidden_states=tok, class_labels=cls).sample
+        if not self.config.predict_change: return net(z_t)
+        a,last = self.abar[t].to(z_t.dtype)[:,None,None,None],ctx[:,-1]
+        return net(z_t-a.sqrt()*last)-(1-a).sqrt()*last # z_0 = last + d, so this is v of z_0 when the network gives v of d
 
 # %% ../nbs/05_action_unet.ipynb #7a046152
 def make_unet(
-    cfg:Preset, action_dim:int, # A
+    cfg:Preset, # widths, context and latent size
+    action_dim:int, # A, numbers in an action vector
 )->ActionUNet:
     "A fresh denoiser of a preset's size; the paper's preset has SD 1.4's layout and conditions on actions through cross-attention alone."
     paper = cfg.name=='paper'
     return ActionUNet(context=cfg.context, latent_channels=cfg.latent_channels, action_dim=action_dim, sample_size=cfg.latent_hw,
-        widths=tuple(cfg.unet_widths), layers=cfg.unet_layers, cross_dim=cfg.cross_dim, heads=8 if paper else 4, noise_buckets=cfg.noise_buckets, noise_max=cfg.noise_max, action_in_time=not paper, sd=paper)
+        widths=tuple(cfg.unet_widths), layers=cfg.unet_layers, cross_dim=cfg.cross_dim, heads=8 if paper else 4, noise_buckets=cfg.noise_buckets, noise_max=cfg.noise_max,
+        action_in_time=not paper, predict_change=not paper, sd=paper)
 
 # %% ../nbs/05_action_unet.ipynb #4f53c968
 def load_unet(

@@ -1,5 +1,5 @@
 """Run by the installed wheel's own Python in an empty folder (see run_all.py): `use_wheel.py WHEEL DATA`, DATA being the checkout's data folder."""
-import importlib, json, os, pkgutil, subprocess, sys, zipfile
+import importlib, json, os, pkgutil, subprocess, sys, tempfile, zipfile
 from importlib.resources import files
 from pathlib import Path
 
@@ -28,6 +28,10 @@ r = gamengen('--help')
 check(r.returncode == 0 and 'fetch' in r.stdout, f'gamengen --help says {r.stderr}')
 r = gamengen('demo', '--seconds', 1)
 check(r.returncode == 2 and 'fetch' in r.stderr and 'Traceback' not in r.stderr, f'without the engine, gamengen demo says {r.stderr}')
+other = json.loads(json.dumps(listed)); other['artifacts'][0]['sha256'] = '0'*64
+with tempfile.TemporaryDirectory() as tmp: # an address that offers something else under the same name
+    Path(tmp, 'artifacts.json').write_text(json.dumps(other)); r = gamengen('fetch', '--source', tmp)
+check(r.returncode == 2 and 'another' in r.stderr, f'from an address with another list, gamengen fetch says {r.stdout}{r.stderr}')
 r = gamengen('fetch', '--source', data)
 check(r.returncode == 0, f'gamengen fetch says {r.stderr}')
 r = gamengen('demo', '--seconds', 1, '--gif', 'out.gif')
