@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import CheckpointError, Preset, normal, to_float, write_json
+from .core import CheckpointError, Preset, normal, rng, to_float, write_json
 from .latents import FramePool, SmallVAE, save_model
 from .training import fit
 
@@ -37,6 +37,7 @@ def tune_decoder(
     seed:int=0, # of frames and jitter
     pool:int=20_000, # frames to hold in memory
     jitter:float=.1, # noise on the latents (standard deviations): the denoiser's latents are never exact
+    crop:int=64, # side of the parts to learn from (px), a multiple of 8; encoded whole, decoded in part, which is faster
     progress:bool=True, # show a bar
 )->SmallVAE: # a new VAE; `vae` is not changed
     "Fine-tune the decoder alone; raises `CheckpointError` should the encoder change."
@@ -46,7 +47,9 @@ def tune_decoder(
     def batch(step, samples):
         x = to_float(data.batch('decoder', seed, samples=samples), cfg.pad_height); z = vae.encode(x.to(vae.device, vae.dtype)).cpu()
         if jitter: z = z+jitter*normal(z.shape[1:], 'jitter', seed, samples=samples)
-        return dict(z=z/s, x=x)
+        h,w = (min(crop, v)//8 for v in (cfg.pad_height, cfg.width)) # of a part, in latents
+        at = [[int(rng('part', k, seed, i).integers(z.shape[k]-n+1)) for k,n in ((2, h), (3, w))] for i in samples]
+        return dict(z=torch.stack([v[:,i:i+h,j:j+w] for v,(i,j) in zip(z, at)])/s, x=torch.stack([v[:,8*i:8*(i+h),8*j:8*(j+w)] for v,(i,j) in zip(x, at)]))
     stat = fit(tuned.decoder, batch, decoder_loss, Path(out)/'decoder_run', steps=steps, minutes=minutes, batch=cfg.vae_batch, lr=cfg.vae_lr/3, ema=.99, seed=seed, desc='decoder', progress=progress)
     tuned.to(vae.device) # `fit` moves only what it trains
     if any(not torch.equal(a, b) for a,b in zip(vae.encoder.state_dict().values(), tuned.encoder.state_dict().values())):

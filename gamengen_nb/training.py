@@ -107,9 +107,9 @@ def read_metrics(folder)->dict: # name -> list of numbers, None where a line lac
 
 # %% ../nbs/00b_training.ipynb #c63f4f56
 class HoldInterrupt:
-    "Within it, a first Ctrl-C only sets `asked`; a second one is raised as usual. Outside the main thread it does nothing."
+    "Within it, a first Ctrl-C only sets `asked`; a second one is raised as usual. Does nothing outside the main thread, or where Ctrl-C is ignored (`command &` in a script)."
     def __enter__(self):
-        self.asked,self.on = False,threading.current_thread() is threading.main_thread()
+        self.asked,self.on = False,threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT)!=signal.SIG_IGN
         if self.on: self.old = signal.signal(signal.SIGINT, self.hear)
         return self
     def hear(self, *_):

@@ -30,7 +30,7 @@ class ActionUNet(ModelMixin, ConfigMixin):
         heads:int=4, # attention heads
         noise_buckets:int=10, noise_max:float=.7, # context noise the network was trained on
         action_in_time:bool=True, # also add the actions to the time embedding; the paper uses cross-attention alone
-        predict_change:bool=False, # diffuse the change since the newest past latent; the paper diffuses the latent itself
+        change_std:float=0., # >0: predict the change since the newest past latent, of about this standard deviation; the paper predicts the latent
         sd:bool=False, # Stable Diffusion 1.4's layout: no attention at the lowest level, instead of none at the top; norms of 32 groups
     ):
         super().__init__(); plain,cross = ('DownBlock2D',),('CrossAttnDownBlock2D',)*(len(widths)-1)
@@ -58,9 +58,15 @@ class ActionUNet(ModelMixin, ConfigMixin):
         cls = self.level_embedding(level)
         if self.action_time is not None: cls = cls+self.action_time(tok.flatten(1))
         net = lambda z: self.unet(torch.cat([z, ctx.flatten(1, 2)], 1), t, encoder_hidden_states=tok, class_labels=cls).sample
-        if not self.config.predict_change: return net(z_t)
-        a,last = self.abar[t].to(z_t.dtype)[:,None,None,None],ctx[:,-1]
-        return net(z_t-a.sqrt()*last)-(1-a).sqrt()*last # z_0 = last + d, so this is v of z_0 when the network gives v of d
+        if not self.config.change_std: return net(z_t)
+        a,last = self.abar[t].to(z_t.dtype)[:,None,None,None],ctx[:,-1]; n2,s2 = (1-a)/a,self._change_var(ctx, level)
+        y = z_t/a.sqrt()-last                                           # the change d, with noise of variance n2
+        d = y*s2/(n2+s2)+net(y/(n2+s2).sqrt())*(n2*s2/(n2+s2)).sqrt()   # Karras et al. 2022, Table 1, for d
+        return (a.sqrt()*z_t-last-d)/(1-a).sqrt()                       # as v of last + d
+
+    def _change_var(self, ctx, level): # (B,1,1,1): the change also takes the noise off the past; a dropped past is zero
+        c = self.config; noise = (level+.5)/c.noise_buckets*c.noise_max
+        return torch.where(ctx.flatten(1).abs().amax(1)>0, c.change_std**2+noise**2, torch.ones_like(noise)).to(ctx.dtype)[:,None,None,None]
 
 # %% ../nbs/05_action_unet.ipynb #7a046152
 def make_unet(
@@ -71,7 +77,7 @@ def make_unet(
     paper = cfg.name=='paper'
     return ActionUNet(context=cfg.context, latent_channels=cfg.latent_channels, action_dim=action_dim, sample_size=cfg.latent_hw,
         widths=tuple(cfg.unet_widths), layers=cfg.unet_layers, cross_dim=cfg.cross_dim, heads=8 if paper else 4, noise_buckets=cfg.noise_buckets, noise_max=cfg.noise_max,
-        action_in_time=not paper, predict_change=not paper, sd=paper)
+        action_in_time=not paper, change_std=0. if paper else .35, sd=paper)
 
 # %% ../nbs/05_action_unet.ipynb #4f53c968
 def load_unet(

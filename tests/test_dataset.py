@@ -121,13 +121,16 @@ def test_what_is_finished_is_kept_and_counted(whole, tmp_path):
     f.unlink(); rec(tmp_path); assert content(tmp_path)==before                         # as the message says: delete it, run again
 
 def test_ctrl_c_while_recording(whole, tmp_path):
+    old = signal.signal(signal.SIGINT, signal.default_int_handler) # a test run in the background of a script may have Ctrl-C ignored
     class Pressed(Echo):
         steps = 0
         def step(self, a):
             self.steps += 1
             if self.steps==40: signal.raise_signal(signal.SIGINT)
             return super().step(a)
-    with pytest.raises(KeyboardInterrupt): rec(tmp_path, Pressed())
+    try:
+        with pytest.raises(KeyboardInterrupt): rec(tmp_path, Pressed())
+    finally: signal.signal(signal.SIGINT, old)
     assert 0<len(episode_files(tmp_path))<6 and not damaged(tmp_path); rec(tmp_path); assert content(tmp_path)==content(whole)
 
 CHILD = f'''

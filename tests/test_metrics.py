@@ -126,7 +126,7 @@ def test_stillness_sees_melting_and_creeping(real):
 def test_the_report_is_whole_self_contained_and_resumes(real, tmp_path):
     page = evaluate(enc, dec_for(120), copy, real/'held', tmp_path, SPEC, 4, rest=real/'rest', about=dict(model='photo'), progress=False)
     html = page.read_text(encoding='utf-8'); got = json.loads((tmp_path/'metrics.json').read_text())
-    assert 'http' not in html and '<script' not in html and html.count('data:image/')>=8 and 'photo' in html
+    assert '://' not in html and '<script' not in html and html.count('data:image/')>=8 and 'photo' in html
     assert {'machine' if k=='processor' else k for k in got['about']}>={'machine', 'seed', 'commit', 'seconds', 'torch'}
     assert {'teacher', 'rollout', 'real turns', 'turns', 'alive', 'still', 'about', 'verdicts'}==set(got)
     files = {p:p.stat().st_mtime_ns for p in (tmp_path/'sections').glob('*.json')}

@@ -250,15 +250,20 @@ def test_v_and_noise_equal_diffusers():
     zt,v = add_noise(z, e, alpha_bar()[t])
     assert torch.allclose(zt, ref.add_noise(z, e, t), atol=1e-5, rtol=0) and torch.allclose(v, ref.get_velocity(z, e, t), atol=1e-5, rtol=0)
 
-def test_a_dropped_past_is_exactly_zero_at_the_networks_input():
-    net,seen = small_unet(),[]; net.unet.conv_in.register_forward_hook(lambda m,x,y: seen.append(x[0].clone()))
-    tok = []; net.action_embedding.register_forward_hook(lambda m,x,y: tok.append(x[0].clone()))
+@pytest.mark.parametrize('net', [small_unet, lambda: make_unet(preset('tiny'), A).requires_grad_(False)], ids=['plain', 'preset'])
+def test_a_dropped_past_is_exactly_zero_at_the_networks_input(net):
+    net,seen,tok = net(),[],[]; net.unet.conv_in.register_forward_hook(lambda m,x,y: seen.append(x[0].clone()))
+    net.action_embedding.register_forward_hook(lambda m,x,y: tok.append(x[0].clone()))
     z,t,ctx,a,_ = inputs(); e = normal(z.shape[1:], 'e', samples=[0, 1]); ce = normal(ctx.shape[1:], 'ce', samples=[0, 1]); level = torch.tensor([.7, .7])
     diffusion_loss(net, z, ctx, a, e, ce, t, level, torch.tensor([1., 0.]))
     x = seen[-1]
     assert (x[1,C:]==0).all() and not (x[0,C:]==0).any()     # the null: zero latents, after the noise
-    assert torch.equal(x[:,:C], add_noise(z, e, alpha_bar()[t])[0]) and torch.equal(tok[-1], a) # z_t and the actions stay
-    assert torch.allclose(x[0,C:].view(T, C, 8, 8), ctx[0]+.7*ce[0])
+    assert torch.allclose(x[0,C:].view(T, C, 8, 8), ctx[0]+.7*ce[0]) and torch.equal(tok[-1], a) # a kept past, and the actions of both, stay
+
+def test_the_noised_latent_comes_first():
+    net,seen = small_unet(),[]; net.unet.conv_in.register_forward_hook(lambda m,x,y: seen.append(x[0].clone()))
+    z,t,ctx,a,lv = inputs(); net(z, t, ctx, a, lv)
+    assert torch.equal(seen[-1][:,:C], z) and torch.equal(seen[-1][:,C:2*C], ctx[:,0]) and torch.equal(seen[-1][:,-C:], ctx[:,-1])
 
 def test_the_order_of_actions_counts():
     z,t,ctx,a,lv = inputs(); b = a.clone(); b[0,2:] = a[0,2:].flip(0)

@@ -28,6 +28,10 @@ def final(folder, step=STEPS): return {f.name:f.read_bytes() for f in sorted((Pa
 def checkpoints(folder): return sorted(p.name for p in Path(folder).glob('step-*'))
 def curve(folder): m = read_metrics(folder); return {k:m[k] for k in ('step', 'loss', 'lr', 'grad_norm', 'rmse')}
 
+@pytest.fixture(autouse=True)
+def keyboard(): # a test run in the background of a script may have Ctrl-C ignored
+    old = signal.signal(signal.SIGINT, signal.default_int_handler); yield; signal.signal(signal.SIGINT, old)
+
 class PowerCut(Exception): pass
 def cut(): raise PowerCut
 
@@ -88,8 +92,9 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     def twice(): signal.raise_signal(signal.SIGINT); signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt): train(tmp_path, batch_fn=at_step(9, twice))
     assert not checkpoints(tmp_path)
-    with HoldInterrupt() as h: pass
-    assert not h.asked
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with HoldInterrupt() as h: signal.raise_signal(signal.SIGINT)
+    assert not h.asked and signal.getsignal(signal.SIGINT)==signal.SIG_IGN              # ignored stays ignored
 
 # ---- damage
 @pytest.mark.parametrize('name', ['model.safetensors', 'ema.safetensors', 'optimizer.pt', 'info.json', 'sha256.json'])
