@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -212,13 +213,17 @@ class TimeTable(nn.Module):
     def __init__(self, embed): super().__init__(); self.register_buffer('table', embed(torch.arange(1000)), persistent=False)
     def forward(self, t): return self.table[t]
 
-class _Decode(nn.Module): # a forward for the tracer
-    def __init__(self, vae): super().__init__(); self.vae = vae
-    def forward(self, z): return self.vae.decode(z)
+class _Plain(nn.Module): # a function as a module, for the tracer
+    def __init__(self, net, call): super().__init__(); self.net,self.call = net,call
+    def forward(self, *x): return self.call(self.net, *x)
+
+class _Compiled(nn.Module): # takes the place of diffusers' U-Net inside of `ActionUNet`
+    def __init__(self, run): super().__init__(); self.run = run
+    def forward(self, x, t, encoder_hidden_states, class_labels): return SimpleNamespace(sample=self.run(x, t, encoder_hidden_states, class_labels))
 
 # %% ../nbs/08a_engine.ipynb #3a0a6d5d
 class OpenVINO:
-    "The whole denoiser and decoder compiled for this CPU; bfloat16 where it multiplies that natively, batch 1."
+    "U-Net and decoder compiled for this CPU, bfloat16 where it multiplies that natively, batch 1; what `ActionUNet` does around the U-Net stays float32."
     name = 'openvino'
     def __init__(self,
         pipe:Pipeline,
@@ -233,23 +238,28 @@ class OpenVINO:
         core = ov.Core(); self.precision = precision or ('bf16' if 'BF16' in core.get_property('CPU', 'OPTIMIZATION_CAPABILITIES') else 'f32')
         conf = dict(PERFORMANCE_HINT='LATENCY', INFERENCE_PRECISION_HINT=self.precision, INFERENCE_NUM_THREADS=threads)
         def build(net, *ex): # the front end itself: ov.convert_model takes five times as long and reports usage statistics
-            net = copy.deepcopy(net).to('cpu').eval()
-            if hasattr(net, 'unet'): net.unet.time_proj = TimeTable(net.unet.time_proj)
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter('ignore') # the tracer warns of every shape test in diffusers
-                source = TorchScriptPythonDecoder(torch.jit.freeze(torch.jit.trace(net, ex, check_trace=False)), example_input=ex)
+                source = TorchScriptPythonDecoder(torch.jit.freeze(torch.jit.trace(net.eval(), ex, check_trace=False)), example_input=ex)
             front = FrontEndManager().load_by_framework('pytorch'); graph = front.load(source)
             for place,x in zip(graph.get_inputs(), ex): # fixed shapes compile to faster code
                 graph.set_partial_shape(place, ov.PartialShape(list(x.shape))); graph.set_element_type(place, ov.Type(x.numpy().dtype))
-            return core.compile_model(front.convert(graph), 'CPU', conf).create_infer_request()
+            request = core.compile_model(front.convert(graph), 'CPU', conf).create_infer_request()
+            def run(*x): # inputs are read in place; the output is copied, since the next call overwrites it
+                return torch.from_numpy(request.infer([i.contiguous().numpy() for i in x], share_inputs=True)[0].copy())
+            return run
+        self.unet,vae = (copy.deepcopy(n).to('cpu').eval() for n in (pipe.unet, pipe.vae)); net = self.unet.unet; net.time_proj = TimeTable(net.time_proj)
+        seen = []; hook = net.register_forward_pre_hook(lambda m,a,k: seen.append((*a, k['encoder_hidden_states'], k['class_labels'])), with_kwargs=True)
         ctx,a = pipe.clips['latents'][:1].float(),pipe.clips['actions'][:1].float()
-        self._unet = build(pipe.unet, ctx[:,0], torch.tensor([999]), ctx, a, torch.tensor([0])); self._vae = build(_Decode(pipe.vae), ctx[:,0])
-    def _run(self, request, *x): # inputs are read in place; the output is copied, since the next call overwrites it
-        return torch.from_numpy(request.infer([i.numpy() for i in x], share_inputs=True)[0].copy())
+        with torch.no_grad(): self.unet(ctx[:,0], torch.tensor([999]), ctx, a, torch.tensor([0]))
+        hook.remove()
+        self.unet.unet = _Compiled(build(_Plain(net, lambda n,x,t,tok,cls: n(x, t, encoder_hidden_states=tok, class_labels=cls, return_dict=False)[0]), *seen[0]))
+        self._decode = build(_Plain(vae, lambda n,z: n.decode(z)), ctx[:,0])
+    @torch.inference_mode()
     def denoise(self, z, t, ctx, actions, level):
         "v, (1,C,h,w), for one timestep t; the other arguments as in `ActionUNet`."
-        return self._run(self._unet, z, torch.tensor([t]), ctx.contiguous(), actions.contiguous(), level)
-    def decode(self, z): "Latents to frames in [-1,1], (1,3,H,W)."; return self._run(self._vae, z.contiguous())
+        return self.unet(z, torch.tensor([t]), ctx, actions, level)
+    def decode(self, z): "Latents to frames in [-1,1], (1,3,H,W)."; return self._decode(z)
 
 # %% ../nbs/08a_engine.ipynb #21226537
 def make_backend(
@@ -357,6 +367,7 @@ def bench_engine(
     n:int=200, # frames to time per backend
     backends:tuple=('eager', 'openvino'), # the first is timed first
     remember:bool=True, # note the fastest in the cache, where backend='auto' looks
+    threads:int=2, # CPU threads of OpenVINO
 )->dict: # backend -> p5/p50/p95/p99 (ms; p5: hardly disturbed by other programs), frames/s, deviation from eager float32
     "Time random play and compare one-step predictions from the same states with the eager reference."
     pipe = model if isinstance(model, Pipeline) else load_pipeline(artifact() if model is None else model)
@@ -366,7 +377,7 @@ def bench_engine(
         return torch.cat(z)
     eager = NeuralDoom(pipe, backend='eager'); ref = one_step(eager); show = lambda z: to_uint8(eager.pipe.vae.decode(z), pipe.meta['height']).astype(int); out = {}
     for b in backends:
-        try: t0 = time.perf_counter(); env = NeuralDoom(pipe, backend=b); started = time.perf_counter()-t0
+        try: t0 = time.perf_counter(); env = NeuralDoom(pipe, backend=b, threads=threads); started = time.perf_counter()-t0
         except ConfigError as e: out[b] = dict(error=str(e)); continue
         z = one_step(env); env.reset(seed=0); table,ms = env.action_spec.table(),[]
         for i in range(n+5): env.step(table[int(rng('bench', i//4).integers(len(table)))]); ms.append(list(env.timing.values()))

@@ -88,17 +88,13 @@ class FramePool:
             if self.frames is None: self.frames = np.empty((total, *x.shape[1:]), np.uint8)
             if x.shape[1:]!=self.frames.shape[1:]: raise DataError(f'{f} has frames of {x.shape[1:]}, the others of {self.frames.shape[1:]}; record all maps in one size.')
             self.frames[at:at+len(x)] = x; at += len(x)
-    def batch(self,
-        *key, # see `core.rng`
-        samples, # global sample numbers, (B,)
-    )->np.ndarray: # (B,H,W,3) uint8
+    def batch(self, *key, samples)->np.ndarray: # (B,H,W,3) uint8
         "The frames that the sample numbers draw."
         return self.frames[[int(rng('frame', *key, s).integers(len(self.frames))) for s in samples]]
 
 # %% ../nbs/04_latent_encoding.ipynb #9d2f4a79
 def vae_loss(
-    model, # (x, eps) -> reconstruction, KL (nats)
-    x:Tensor, # frames, (B,3,H,W) in [-1,1]
+    model, x:Tensor, # (x, eps) -> reconstruction, KL (nats); frames, (B,3,H,W) in [-1,1]
     eps:Tensor, # standard normal, (B,C,h,w)
     kl_weight:float=1e-4, l1_weight:float=.2, # beside the MSE's 1
 ): # loss and its parts
@@ -109,14 +105,11 @@ def vae_loss(
 
 # %% ../nbs/04_latent_encoding.ipynb #c5b2dd0e
 def save_weights(net, folder)->None:
-    "`save_pretrained`, less the path it was once loaded from, which diffusers writes into config.json."
+    "`net.save_pretrained`, less the path it was once loaded from, which diffusers writes into config.json."
     net.save_pretrained(folder); f = Path(folder)/'config.json'
     write_json(f, {k:v for k,v in read_json(f).items() if k!='_name_or_path'})
 
-def save_model(
-    model, # a diffusers ModelMixin
-    folder, # where it goes; an older one there is replaced
-)->Path: # the folder
+def save_model(model, folder)->Path: # the folder; an older one there is replaced
     "save_pretrained + seal, atomically; raises `DataError` when the disk refuses."
     folder = Path(folder); tmp = folder.with_name('.'+folder.name+'.tmp')
     shutil.rmtree(tmp, ignore_errors=True) # left by a killed run
@@ -127,10 +120,10 @@ def save_model(
     return replace_folder(tmp, folder)
 
 def load_vae(
-    folder, # written by `save_model`
+    folder, # written by `save_model`, or `vae/` of a pipeline, which is sealed as a whole
 )->SmallVAE: # in eval mode
     "Load the small VAE; raises `CheckpointError` when the folder is missing or damaged, or holds something else."
-    folder = verify(folder)
+    folder = Path(folder); verify(folder.parent if (folder.parent/'model_index.json').exists() else folder)
     try:
         kind = json.loads((folder/'config.json').read_text())['_class_name']
         if kind!='SmallVAE': raise ValueError(f'it holds a {kind}')
@@ -140,8 +133,7 @@ def load_vae(
 # %% ../nbs/04_latent_encoding.ipynb #6f75f898
 @torch.inference_mode()
 def encode_frames(
-    vae, # a `SmallVAE`
-    frames:np.ndarray, # (B,H,W,3) uint8
+    vae, frames:np.ndarray, # (B,H,W,3) uint8
     pad_height:int, # rows after padding (px)
 )->Tensor: # (B,C,h,w) float32
     "Public frames to scaled latents."
@@ -149,8 +141,7 @@ def encode_frames(
 
 @torch.inference_mode()
 def decode_latents(
-    vae, # a `SmallVAE`
-    z:Tensor, # (B,C,h,w) scaled
+    vae, z:Tensor, # (B,C,h,w) scaled
     height:int, # rows of the picture without padding (px)
 )->np.ndarray: # (B,H,W,3) uint8
     "Scaled latents to public frames."
@@ -207,8 +198,7 @@ def encode_recording(
     vae, # a `SmallVAE`
     folder, # a recording
     out, # the cache: index.json and one .npy per episode; a folder of its own for each recording
-    pad_height:int, # rows after padding (px)
-    batch:int=64, # frames per call of the encoder
+    pad_height:int, batch:int=64, # rows after padding (px); frames per call of the encoder
     shard:int=0, num_shards:int=1, # this process encodes every num_shards-th episode, from this one
     progress:bool=True, # show a bar
 )->int: # episodes encoded now
@@ -246,11 +236,8 @@ class LatentData:
         if len(made)>1: raise DataError('These caches were made by different encoders; encode all recordings with one VAE.')
         self.meta,self.rows = metas[0],join_rows(eps)
         self.z = np.concatenate(parts)
-    def batch(self,
-        target:np.ndarray, # rows to predict, (B,)
-        T:int, # context frames
-    ): # ctx (B,T,C,h,w), actions (B,T,A), z0 (B,C,h,w)
-        "Windows for the given target rows."
+    def batch(self, target:np.ndarray, T:int): # ctx (B,T,C,h,w), actions (B,T,A), z0 (B,C,h,w)
+        "Windows of `T` context frames for the rows `target`, (B,)."
         ctx,a = window(self.rows, target, T)
         return self.z[ctx], a, self.z[target]
 

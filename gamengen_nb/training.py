@@ -169,7 +169,7 @@ def fit(
     at = Progress(steps, minutes); folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     acc = accelerator(precision, batch); main,per = acc.is_main_process,batch//acc.num_processes
     model.train().to(acc.device, memory_format=torch.channels_last)
-    opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     avg = EMAModel(model.parameters(), decay=ema, foreach=True); avg.to(acc.device)
     if info := load_state(folder, model, avg, opt): at = Progress(steps, minutes, info['step'], info['seconds'], info['loss'])
     net,opt = acc.prepare(model, opt); log = folder/'metrics.jsonl'; saved,began = time.monotonic(),at.step

@@ -98,6 +98,17 @@ def test_the_wrong_kind_of_folder_is_refused(tmp_path):
     with pytest.raises(CheckpointError) as e: load_vae(recording(tmp_path/'frames', 1))
     one_sentence(e, 'not a finished checkpoint')
 
+def test_a_vae_inside_a_pipeline_is_sealed_with_it(tmp_path):
+    f = tmp_path/'pipe'; f.mkdir(); (f/'model_index.json').write_text('{}'); save_model(small_vae(), f/'vae'); (f/'vae'/'sha256.json').unlink(); seal(f)
+    assert fingerprint(load_vae(f/'vae'))==fingerprint(small_vae())
+    damage(f/'vae', 'flipped bit')
+    with pytest.raises(CheckpointError) as e: load_vae(f/'vae')
+    one_sentence(e, 'is damaged')
+
+def test_no_path_of_the_maker_is_saved(tmp_path):
+    save_model(load_vae(save_model(small_vae(), tmp_path/'vae')), tmp_path/'again')
+    assert str(tmp_path) not in (tmp_path/'again'/'config.json').read_text()
+
 def full_disk(bytes_, call):
     "Run `call` with a limit on the size of every file: what a full disk does, for this process only."
     resource = pytest.importorskip('resource') # not on Windows
