@@ -7,7 +7,7 @@ __all__ = ['KEYMAP', 'LABELS', 'NUDGE', 'Keys', 'Held', 'Flow', 'Game', 'FramePu
            'play_window']
 
 # %% ../nbs/10_player.ipynb #1c129d58
-import atexit, os, threading, time, weakref
+import atexit, os, sys, threading, time, weakref
 from functools import partial
 from importlib.resources import files
 
@@ -204,6 +204,7 @@ class FramePump(Game):
         "Run in a thread; does nothing when it runs already."
         if not self.running:
             self._quit = quit = threading.Event(); self.flow.hello(); self.asleep = False
+            sys.setswitchinterval(min(sys.getswitchinterval(), 5e-4)) # a busy cell hands Python over every 5 ms otherwise, and a neural frame asks some hundred times
             self._thread = threading.Thread(target=self._run, args=(quit,), daemon=True, name='frame pump'); self._thread.start()
         return self
 

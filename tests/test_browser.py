@@ -205,9 +205,10 @@ def test_keys_live_beside_a_busy_cell(page):
 
 def test_pause_and_reset(page):
     focus(page); page.keyboard.press('p'); until(page, "DATA.status.endswith('Paused.')".replace('endswith', 'endsWith'))
+    page.wait_for_timeout(400) # the frame that was being made when the key came is still drawn
     a = look(page); n = data(page, 'n'); page.wait_for_timeout(500); assert data(page, 'n')==n and change(a, look(page))==0
     page.keyboard.press('r'); until(page, f'Number(DATA.n)>{n}') # a paused game may be reset, and shows its first picture
-    page.get_by_role('button', name='Play').click(); playing(page)
+    page.locator('button[title="Stop or go on (P)"]').click(); playing(page)
 
 def test_each_engine(page, shots):
     names = engines(page); first = data(page, 'engine'); assert names
