@@ -149,6 +149,13 @@ class Preset:
     cross_dim: int = 128              # width of an action token
     batch: int = 16                   # B, windows per update
     lr: float = 4e-4
+    optimizer: str = 'adamw'          # or 'adafactor'
+    warmup: int = 100                 # updates until the rate is reached
+    decay: float = .2                 # share of the updates, at the end, over which the rate falls to 0
+    clip: float = 1.                  # largest norm of a gradient
+    weight_decay: float = 0.
+    accumulate: int = 1               # passes per update, each over a part of the batch
+    checkpointing: bool = False       # recompute activations in the backward pass: less memory, a third more arithmetic
     vae_batch: int = 16
     vae_lr: float = 6e-4
     agent_steps: int = 200_000        # agent decisions of PPO
@@ -159,9 +166,11 @@ class Preset:
     noise_max: float = .7             # top level of context noise (latent std)
     noise_power: float = 2.           # a level is u**power * top, u uniform; 1 in the paper
     t_focus: float = .5               # share of training timesteps taken from the sampler's own list; 0 in the paper
+    unroll: int = 3                   # updates predict 1, 2, … this many frames, each from the last guesses; 1 in the paper
     noise_buckets: int = 10
     drop_p: float = .1                # share of samples whose context frames are dropped
     sample_steps: int = 4             # DDIM steps at play time
+    guidance: float = 1.              # strength of guidance on past frames at play time; 1: none
 
     @property
     def pad_height(self)->int: "Rows after padding to a multiple of 32 (px)."; return -(-self.height//32)*32
@@ -179,8 +188,8 @@ PRESETS = dict(
         unet_layers=2, cross_dim=256, batch=64, lr=2e-4, vae_batch=32, agent_steps=2_000_000, frames=2_000_000, vae_steps=30_000,
         decoder_steps=5_000, unet_steps=60_000),
     paper=Preset('paper', height=240, width=320, context=64, vae='CompVis/stable-diffusion-v1-4', latent_channels=4,
-        unet_widths=(320, 640, 1280, 1280), unet_layers=2, cross_dim=768, batch=128, lr=2e-5, vae_batch=2048, vae_lr=2e-5,
-        agent_steps=50_000_000, frames=70_000_000, noise_power=1., t_focus=0., vae_steps=0, decoder_steps=10_000, unet_steps=700_000),
+        unet_widths=(320, 640, 1280, 1280), unet_layers=2, cross_dim=768, batch=128, lr=2e-5, optimizer='adafactor', warmup=0, decay=0., vae_batch=2048, vae_lr=2e-5,
+        agent_steps=50_000_000, frames=70_000_000, noise_power=1., t_focus=0., unroll=1, vae_steps=0, decoder_steps=10_000, unet_steps=700_000, guidance=1.5),
 )
 
 def preset(

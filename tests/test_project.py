@@ -14,17 +14,19 @@ PACKAGE = ROOT/'gamengen_nb'
 TABLE = dict(
     core=('00_core', ''), plot=('00a_plot', 'core'), training=('00b_training', 'core'),
     env=('01_environment', 'core'), reward=('02_reward_design', 'core'), agent=('03_ppo_collection', 'core env reward'), dataset=('03a_dataset', 'core'),
-    latents=('04_latent_encoding', 'core training dataset'), unet=('05_action_unet', 'core'),
+    pretrained=('03b_pretrained', 'core'),
+    latents=('04_latent_encoding', 'core training dataset pretrained'), unet=('05_action_unet', 'core pretrained'),
     diffusion=('06_noise_augmentation', 'core training dataset latents unet'), # dataset: only it knows how a window is cut
-    decoder=('07_decoder_tuning', 'core training latents'), sampler=('08_ddim_inference', 'core'),
-    engine=('08a_engine', 'core latents unet diffusion sampler'),
+    decoder=('07_decoder_tuning', 'core training dataset latents'), sampler=('08_ddim_inference', 'core'),
+    pipeline=('08a_pipeline', 'core pretrained latents unet diffusion sampler'), backends=('08b_backends', 'core pipeline'),
+    engine=('08c_engine', 'core diffusion sampler pipeline backends'),
     metrics=('09_evaluation', 'core training dataset plot'), probes=('09a_probes', 'core training dataset plot metrics'),
     report=('09b_report', 'core training dataset plot metrics probes'),
-    player=('10_player', 'core'), cli=('90_cli', '*'),
+    player=('10_player', 'core'), scale=('14_scale', 'core training latents unet diffusion sampler'), run=('89_run', '*'), cli=('90_cli', '*'),
 )
 LINES = 250 # lines of a module, without blank ones and those that nbdev adds
-LONGER = dict(core=280, agent=300, engine=340, probes=260, player=360, cli=300) # longer for a reason: the vocabulary; PPO with holds and repeats;
-#   the model's files, its backends and the env; long dreams; the whole player; all commands
+LONGER = dict(core=280, training=330, agent=300, latents=280, probes=260, player=360) # longer for a reason: the vocabulary; the loop, its checkpoints, optimisers and processes; PPO with holds and repeats;
+#   two VAEs, their training and the cache; long dreams; the whole player
 COURSE = [m for m in TABLE if m!='cli'] # notebooks with recap, exercises and differences
 MODULES = sorted(p.stem for p in PACKAGE.glob('*.py') if not p.stem.startswith('_'))
 NOTEBOOKS = sorted(p.stem for p in (ROOT/'nbs').glob('*.ipynb'))

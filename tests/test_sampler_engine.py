@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gamengen_nb import engine as E
+from gamengen_nb import backends as K, engine as E, pipeline as P
 from gamengen_nb.core import ActionError, ActionSpec, CheckpointError, ConfigError, DataError, GamegenError, alpha_bar, normal, preset, rng, seal
 from gamengen_nb.latents import SmallVAE
-from gamengen_nb.sampler import ddim, ddim_step, guide, timesteps
+from gamengen_nb.sampler import ddim, ddim_step, guide, guided, timesteps
 from gamengen_nb.unet import make_unet
 
 CFG = preset('tiny')
@@ -75,6 +75,14 @@ def test_guidance():
     assert torch.equal(guide(two, one, 1.5)(None, 0), torch.tensor([2.5, 2.5])) and guide(two, one, 1.) is two
     for bad in (-1., float('nan'), float('inf')):
         with pytest.raises(ConfigError, match='guidance scale'): guide(two, one, bad)
+
+def test_guidance_in_one_call_equals_two_calls():
+    past = normal((3, 4, 8, 10), 'past', samples=range(3)); x = normal((4, 8, 10), 'net', samples=range(3)); calls = []
+    def net(z, t, c): calls.append(len(z)); return random_net(z, t)+c.mean(1).tanh()
+    two = guide(lambda z,t: net(z, t, past), lambda z,t: net(z, t, 0*past), 1.5); want = ddim(two, x, 4); calls.clear()
+    assert (ddim(guided(net, past, 1.5), x, 4)-want).abs().max()<1e-5 and calls==[6]*4
+    calls.clear(); ddim(guided(net, past), x, 4); assert calls==[3]*4
+    with pytest.raises(ConfigError, match='guidance scale'): guided(net, past, float('nan'))
 
 # ---- the model folder
 def test_a_folder_round_trips(model, pipe):
@@ -147,13 +155,13 @@ def test_a_failed_save_leaves_the_old_model(copied, monkeypatch):
     unet,vae,meta,clips = parts(1)
     with pytest.raises(CheckpointError, match='context'): E.save_pipeline(copied, unet, vae, meta|dict(context=5), clips)
     def full(*a, **k): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(E, 'save_file', full)
+    monkeypatch.setattr(P, 'save_file', full)
     with pytest.raises(DataError, match='Could not write.*older model there is untouched'): E.save_pipeline(copied, unet, vae, meta, clips)
     E.load_pipeline(copied); assert not list(copied.parent.glob('.*'))
 
 # ---- artifacts
 def test_artifacts_are_listed_fetched_and_checked(copied, tmp_path, monkeypatch):
-    monkeypatch.setenv('GAMENGEN_HOME', str(tmp_path/'cache')); monkeypatch.setattr(E, 'repo_data', lambda: None)
+    monkeypatch.setenv('GAMENGEN_HOME', str(tmp_path/'cache')); monkeypatch.setattr(P, 'repo_data', lambda: None)
     with pytest.raises(CheckpointError, match='gamengen fetch'): E.artifact('copy')
     (tmp_path/'note.txt').write_text('hello'); E.list_artifact(tmp_path/'note.txt', 'CC0-1.0'); item = E.list_artifact(copied); E.list_artifact(copied)
     listed = json.loads((tmp_path/'artifacts.json').read_text())['artifacts']
@@ -230,9 +238,9 @@ def test_the_window_is_aligned(env, pipe):
 
 def test_guidance_uses_the_training_null(pipe):
     env = E.NeuralDoom(pipe, backend='eager', guidance=1.5, noise_level=.2, steps=1); env.reset(seed=0); seen = []; real = env._net.denoise
-    def spy(z, t, ctx, a, level): seen.append((ctx.clone(), a.clone(), int(level))); return real(z, t, ctx, a, level)
-    env._net.denoise = spy; env.step(L); (c0,a0,l0),(c1,a1,l1) = seen
-    assert float(c0.abs().max())==0 and float(c1.abs().max())>0 and torch.equal(a0, a1) and l0==l1==2
+    def spy(z, t, ctx, a, level): seen.append((ctx.clone(), a.clone(), level.tolist())); return real(z, t, ctx, a, level)
+    env._net.denoise = spy; env.step(L); (c,a,l), = seen     # one call of two samples: the past, then its null
+    assert c.shape[0]==2 and (c[0]!=0).all() and (c[1]==0).all() and torch.equal(a[0], a[1]) and l==[2, 2] # zero in every channel of every past frame; the actions stay
 
 @pytest.mark.parametrize('bad', [[1, 0], [0, 0, 2], [0, .5, 0], 'left', [0, float('nan'), 0], None, [[1, 0, 0]]])
 def test_a_wrong_action_is_refused_and_changes_nothing(env, bad):
@@ -255,10 +263,10 @@ def test_a_mouse_turns_too(tmp_path):
 
 # ---- backends
 def test_openvino_agrees_with_eager(pipe):
-    pytest.importorskip('openvino'); eager = E.Eager(pipe); off = lambda x,y: float((x-y).square().mean().sqrt()/y.std())
+    pytest.importorskip('openvino'); eager = K.Eager(pipe); off = lambda x,y: float((x-y).square().mean().sqrt()/y.std())
     ctx,a = pipe.clips['latents'][:1].float(),torch.from_numpy(L).expand(1, CFG.context, 3); z = ctx[:,-1]
     for precision,tol in (('f32', 1e-4), ('bf16', .03)): # share of the output's standard deviation
-        fast = E.OpenVINO(pipe, precision=precision)
+        fast = K.OpenVINO(pipe, precision=precision)
         for t in (999, 749, 499, 249, 0):
             for level in (0, 9):
                 x = (z, t, ctx, a, torch.tensor([level])); assert off(fast.denoise(*x), eager.denoise(*x))<tol, (precision, t)
@@ -278,10 +286,10 @@ def test_openvino_plays_and_time_per_frame_stays_flat(pipe):
 
 def test_auto_picks_what_there_is(pipe, tmp_path, monkeypatch):
     monkeypatch.setenv('GAMENGEN_HOME', str(tmp_path)); made = []
-    monkeypatch.setattr(E, 'OpenVINO', lambda p, threads: made.append('openvino')); monkeypatch.setattr(E, 'Eager', lambda p, threads: made.append('eager'))
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False); monkeypatch.setattr(E, 'find_spec', lambda n: True); E.make_backend(pipe)
+    monkeypatch.setattr(K, 'OpenVINO', lambda p, threads: made.append('openvino')); monkeypatch.setattr(K, 'Eager', lambda p, threads: made.append('eager'))
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False); monkeypatch.setattr(K, 'find_spec', lambda n: True); E.make_backend(pipe)
     (tmp_path/'bench.json').write_text('{"fastest": "eager"}'); E.make_backend(pipe)
-    (tmp_path/'bench.json').write_text('{"fastest": "openvino"}'); monkeypatch.setattr(E, 'find_spec', lambda n: None)
+    (tmp_path/'bench.json').write_text('{"fastest": "openvino"}'); monkeypatch.setattr(K, 'find_spec', lambda n: None)
     with pytest.warns(UserWarning, match='pip install openvino'): E.make_backend(pipe)
     assert made==['openvino', 'eager', 'eager']
 
