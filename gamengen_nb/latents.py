@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from .core import CheckpointError, DataError, Preset, normal, read_json, replace_folder, rng, seal, to_float, to_uint8, verify, write_atomic, write_json
 from .dataset import episode_files, join_rows, read_episode, read_meta, split_of, window
 from .pretrained import foreign, part_folder, read_config
-from .training import fit
+from .training import fit, is_main
 
 # %% ../nbs/04_latent_encoding.ipynb #c83c6b9c
 class Res(nn.Module):
@@ -118,7 +118,8 @@ def save_weights(
     write_json(f, {k:v for k,v in read_json(f).items() if k!='_name_or_path'})
 
 def save_model(model, folder)->Path: # the folder; an older one there is replaced
-    "save_pretrained + seal, atomically; raises `DataError` when the disk refuses."
+    "save_pretrained + seal, atomically; of several processes only the first writes. Raises `DataError` when the disk refuses."
+    if not is_main(): return Path(folder)
     folder = Path(folder); tmp = folder.with_name('.'+folder.name+'.tmp')
     shutil.rmtree(tmp, ignore_errors=True) # left by a killed run
     try: save_weights(model, tmp); seal(tmp)

@@ -105,6 +105,6 @@ def read_tensors(
     "All tensors of a part, from one file or its shards; raises `CheckpointError` naming the file that is damaged."
     out = {}
     for f in safe_files(folder):
-        try: out |= {k:v.to(dtype) if v.is_floating_point() else v for k,v in load_file(f).items()}
+        try: out |= {k:v.to(dtype if v.is_floating_point() else v.dtype, copy=True) for k,v in load_file(f).items()} # a copy: tensors mapped from a file may lie unaligned, and then round otherwise
         except (SafetensorError, OSError) as e: raise CheckpointError(f'{f} is damaged ({str(e)[:80]}); get the checkpoint again.') from None
     return out

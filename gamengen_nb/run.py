@@ -107,8 +107,7 @@ def cmd_pack(
     meta = dict(format=1, scenario=m['scenario'], context=cfg.context, frame_tics=m['frame_tics'], action_spec=m['action_spec'], height=cfg.height, width=cfg.width,
         pad_height=cfg.pad_height, prediction_type='v_prediction', spacing='trailing', sample_steps=cfg.sample_steps, noise_level=noise_level, guidance=cfg.guidance)
     facts = dict(facts or {}, hardware=f'{platform.processor() or platform.machine()}, {os.cpu_count()} cores', commit=commit())
-    if dtype!=torch.float32: unet,vae = unet.to(dtype),vae.to(dtype)
-    return save_pipeline(out, unet, vae, meta, start_clips(data, cfg.context), model_card(meta, facts, figures))
+    return save_pipeline(out, unet, vae, meta, start_clips(data, cfg.context), model_card(meta, facts, figures), dtype=dtype)
 
 # %% ../nbs/89_run.ipynb #3f366c6b
 def say(text:str): "Show `text` as a line between progress bars."; print(text, file=sys.stderr, flush=True)
