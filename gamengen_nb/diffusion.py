@@ -148,11 +148,12 @@ def train_denoiser(
     seed:int=0, # of weights and samples
     motion:float|None=None, # see `motion_weight`; None: 1, in the preset `paper` 0
     progress:bool=True, # show a bar
+    source=None, # Stable Diffusion to start from, hub name or folder; None: random weights, in the preset `paper` its `vae`
     **options, # more of `fit`'s, e.g. trackers or prefetch; else the preset's
 )->ActionUNet: # with EMA weights, in eval mode
     "Train the action-conditioned denoiser on cached latents; updates unroll 1, 2, … `cfg.unroll` frames in turn."
     torch.manual_seed(seed)
-    model = make_unet(cfg, data.rows.actions.shape[1]); pick = targets(data.rows, 'train')
+    source = source or (cfg.vae if cfg.name=='paper' else None); model = make_unet(cfg, data.rows.actions.shape[1], source); pick = targets(data.rows, 'train')
     if len(pick)==0: pick = targets(data.rows)
     picks = {s:p for s in range(1, cfg.unroll+1) if len(p := starts(data.rows, pick, s))}
     def batch(step, samples): s = 1+step%len(picks); return make_batch(data, picks[s], cfg, cfg.batch, seed, samples, s)
