@@ -174,12 +174,12 @@ class RandomPolicy:
 class ScriptedPolicy(RandomPolicy):
     "The held-out policy, never trained on: slow sweeps left and right, a burst of fire, a pause."
     source = 'scripted'
-    def reset(self, *key): self.rng,self.todo = rng('scripted', *key),[]
+    def reset(self, *key): self.rng,self.queue = rng('scripted', *key),[]
     def __call__(self, obs, info)->np.ndarray:
-        if not self.todo:
+        if not self.queue:
             n = len(self.table)
-            for k in self.rng.permutation(n): self.todo += [int(k)]*int(self.rng.integers(3, 16)) + [0]*int(self.rng.integers(0, 6))
-        return self.table[self.todo.pop()]
+            for k in self.rng.permutation(n): self.queue += [int(k)]*int(self.rng.integers(3, 16)) + [0]*int(self.rng.integers(0, 6))
+        return self.table[self.queue.pop()]
 
 # %% ../nbs/03a_dataset.ipynb #692aa451
 def _about(env)->dict:

@@ -189,12 +189,12 @@ def evaluate(
     if held.spec!=spec or resting.spec!=spec: raise DataError(f"{held_out} was recorded with the buttons {', '.join(held.spec.buttons)}, the model knows {', '.join(spec.buttons)}; record with the model's game.")
     key = f'{fingerprint(held, m, T)} {fingerprint(resting, m, T)} {T} {seed} {b}'; kw = dict(seed=seed, progress=progress)
     n = next((n for n in (b['still'], 120, 60, 30, 12) if n<=b['still'] and len(rests(resting, n))), 0) # frames of the longest rest there is
-    todo = {'teacher':lambda: teacher_forced(held, *m, T, b['frames'], batch=batch, **kw),
+    parts = {'teacher':lambda: teacher_forced(held, *m, T, b['frames'], batch=batch, **kw),
         'rollout':lambda: autoregressive(held, *m, T, b['steps'], b['starts'], batch, **kw), 'real turns':lambda: real_turns(held),
         'turns':lambda: turn_probes(held, *m, T, b['probes'], batch=batch, **kw), 'still':lambda: stillness(resting, *m, T, n, b['still_starts'], **kw),
         'alive':lambda: alive(held, *m, T, b['alive'], b['dreams'], b['window'], parts=4 if budget=='full' else 2, **kw)}
-    if not n: del todo['still']
-    res = {k:section(out, k, key, f) for k,f in tqdm(todo.items(), desc='evaluation', disable=not progress)}
+    if not n: del parts['still']
+    res = {k:section(out, k, key, f) for k,f in tqdm(parts.items(), desc='evaluation', disable=not progress)}
     res['about'] = dict(budget=budget, episodes=int(held.episode[-1])+1, frames=len(held.frames), context=T, seed=seed, seconds=round(sum(r['seconds'] for r in res.values())),
                         seconds_now=round(time.monotonic()-t0), **machine(), **(about or {}))
     return report(res, out)
