@@ -93,11 +93,12 @@ def tune_decoder(
     accumulate = accumulate or (max(1, cfg.vae_batch//(8*int(os.environ.get('WORLD_SIZE', 1)))) if big else 1)
     stat = fit(tuned.decoder, make, lambda m,**b: decoder_loss(m, **b, distance=distance, weight=lpips), Path(out)/'decoder_run', steps=steps, minutes=minutes, batch=cfg.vae_batch,
         lr=cfg.vae_lr/(1 if big else 3), optimizer=cfg.optimizer, warmup=cfg.warmup, decay=cfg.decay, clip=cfg.clip, accumulate=accumulate, ema=.99, seed=seed, desc='decoder', progress=progress)
-    vae.to(where); done = copy.deepcopy(vae); done.load_state_dict(tuned.state_dict()) # a fresh copy: Accelerate leaves what it trained in bf16
-    parts = [{k:v for k,v in m.state_dict().items() if not k.startswith('decoder.')} for m in (vae, done)]
+    vae.to(where); tuned.to(where)
+    parts = [{k:v for k,v in m.state_dict().items() if not k.startswith('decoder.')} for m in (vae, tuned)]
     if any(not torch.equal(v, parts[1][k]) for k,v in parts[0].items()): raise CheckpointError('The encoder changed during decoder tuning; the cached latents would no longer fit.')
-    if is_main(): save_model(done.eval(), Path(out)/'decoder'); write_json(Path(out)/'decoder_run'/'result.json', stat)
-    return done.eval()
+    tuned.requires_grad_(True).eval()
+    if is_main(): save_model(tuned, Path(out)/'decoder'); write_json(Path(out)/'decoder_run'/'result.json', stat)
+    return tuned
 
 # %% ../nbs/07_decoder_tuning.ipynb #ab804993
 def generated_pairs(

@@ -357,5 +357,5 @@ def fit(
         if at.step>began: save()
     for t in acc.trackers if trackers else (): t.finish()
     if cut: raise GamegenError('The training is done and saved; its weights lie in pieces over the processes. Run the same command once more in one process, which puts them together and writes the model.')
-    avg.copy_to(model.parameters()); model.eval()
+    acc.unwrap_model(net, keep_fp32_wrapper=False); avg.copy_to(model.parameters()); model.eval() # what is used from here on runs in its own precision
     return at.info()
